@@ -1,0 +1,272 @@
+"""Model bundles: a folder with manifest.json, ONNX graphs and one weights file for each resolution stage.
+
+The format is specified in the README ("The bundle"); standard library only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import types
+import typing
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import BundleError, OptionError
+
+FORMAT = "sr-sdk-bundle"
+VERSION = 1
+MANIFEST = "manifest.json"
+MAX_MANIFEST_BYTES = 4 << 20
+MODELS_DIR = Path(__file__).parent / "models"
+DEFAULT_MODEL = "fast-x2"
+
+
+@dataclass(frozen=True)
+class File:
+    """A file of the bundle: a bare name inside its folder, its size and SHA-256."""
+
+    name: str
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Graph:
+    """One ONNX graph of a stage.
+
+    precision: "fp32" or "fp16", of the arithmetic inside.
+    ends: "uint8" (0-255) or "float32" (0-1), of input and output.
+    """
+
+    file: File
+    precision: str
+    ends: str
+
+
+@dataclass(frozen=True)
+class HaloRow:
+    """context: LR pixels around a tile; error: largest difference from the untiled result, 8-bit code values."""
+
+    context: int
+    error: float
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One set of weights, trained up to HR crops of `training_size` pixels.
+
+    stride: LR pixels; tiles start and end on this grid.
+    halo: measured, rising context.
+    activation_bytes: memory of the fp32 graph's activations for each LR pixel of a window.
+    """
+
+    name: str
+    training_size: int
+    opset: int
+    stride: int
+    activation_bytes: int
+    weights: File
+    graphs: tuple[Graph, ...]
+    halo: tuple[HaloRow, ...]
+
+    def graph(self, *, precision: str, ends: str) -> Graph:
+        """Find a graph.
+
+        Raises: BundleError if the bundle lacks it.
+        """
+        for graph in self.graphs:
+            if (graph.precision, graph.ends) == (precision, ends):
+                return graph
+        have = ", ".join(f"{graph.precision}/{graph.ends}" for graph in self.graphs)
+        raise BundleError(f"stage {self.name} has no {precision} graph with {ends} ends (it has {have}); export it again")
+
+    def context(self, *, error: float) -> int:
+        """Give the smallest measured context whose error is at most `error` code values.
+
+        Raises: BundleError if none is that exact.
+        """
+        for row in self.halo:
+            if row.error <= error:
+                return row.context
+        best = min(row.error for row in self.halo)
+        raise BundleError(f"stage {self.name}: no measured halo reaches {error} code values (best {best})")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What manifest.json holds. `training` is free-form: recipe, data, steps, figures, commit."""
+
+    format: str
+    version: int
+    name: str
+    scale: int
+    channels: int
+    input_layout: str
+    output_layout: str
+    stages: tuple[Stage, ...]
+    training: dict[str, Any]
+    licence: str
+    notice: str
+
+    def to_json(self) -> str:
+        """Serialise, two spaces of indentation, keys in the order of the fields, newline at the end."""
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A checked bundle on disk."""
+
+    folder: Path
+    manifest: Manifest = field(repr=False)
+
+    @classmethod
+    def load(cls, model: str | Path | None = None) -> Bundle:
+        """Open a bundle by shipped name or folder; None is the default model.
+
+        Raises: BundleError if it is missing, malformed, of an unknown version, or any file's size or hash is wrong.
+        """
+        folder = find_bundle(model)
+        manifest = read_manifest(folder / MANIFEST)
+        for stage in manifest.stages:
+            for file in (stage.weights, *(graph.file for graph in stage.graphs)):
+                _check_file(folder / file.name, file)
+        return cls(folder, manifest)
+
+    def stage(self, name: str = "auto") -> Stage:
+        """Find a resolution stage; "auto" is the last one trained.
+
+        Raises: OptionError for an unknown name.
+        """
+        stages = self.manifest.stages
+        if name == "auto":
+            return stages[-1]
+        for stage in stages:
+            if stage.name == name:
+                return stage
+        raise OptionError(f"stage {name!r}: this bundle has {', '.join(s.name for s in stages)}, or 'auto'")
+
+
+def shipped_models() -> list[str]:
+    """List the models inside the package."""
+    return sorted(path.parent.name for path in MODELS_DIR.glob(f"*/{MANIFEST}"))
+
+
+def find_bundle(model: str | Path | None) -> Path:
+    """Give the folder of a shipped name or path.
+
+    Raises: BundleError that lists the shipped names.
+    """
+    if model is None:
+        model = DEFAULT_MODEL
+    if isinstance(model, str) and model in shipped_models():
+        return MODELS_DIR / model
+    folder = Path(model)
+    if (folder / MANIFEST).is_file():
+        return folder
+    raise BundleError(
+        f"model {str(model)!r}: neither a folder with a {MANIFEST} nor a shipped model ({', '.join(shipped_models())})"
+    )
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Parse and check a manifest.
+
+    Raises: BundleError with the field at fault.
+    """
+    try:
+        if path.stat().st_size > MAX_MANIFEST_BYTES:
+            raise BundleError(f"{path}: larger than {MAX_MANIFEST_BYTES} bytes")
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as exc:
+        raise BundleError(f"{path}: not readable as JSON ({exc})") from exc
+    if not isinstance(values, dict) or values.get("format") != FORMAT:
+        raise BundleError(f"{path}: not a model bundle (format is not {FORMAT!r})")
+    if values.get("version") != VERSION:
+        raise BundleError(
+            f"{path}: format version {values.get('version')!r}, this SDK reads {VERSION}; update sr-sdk or export again"
+        )
+    manifest = _parse(Manifest, values, str(path))
+    _check_manifest(manifest, str(path))
+    return manifest
+
+
+def hash_file(path: Path) -> File:
+    """Describe a file of a bundle."""
+    with open(path, "rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256") if hasattr(hashlib, "file_digest") else None
+        if digest is None:  # Python 3.10
+            digest = hashlib.sha256(stream.read())
+    return File(path.name, path.stat().st_size, digest.hexdigest())
+
+
+def _check_file(path: Path, expected: File) -> None:
+    try:
+        # The size first: a wrong file is refused before gigabytes are hashed.
+        size = path.stat().st_size
+        if size != expected.bytes:
+            raise BundleError(f"{path}: {size} bytes, the manifest says {expected.bytes}; copy the bundle again")
+        if hash_file(path).sha256 != expected.sha256:
+            raise BundleError(f"{path}: SHA-256 differs from the manifest; copy the bundle again")
+    except OSError as exc:
+        raise BundleError(f"{path}: named in the manifest but not readable ({exc.strerror})") from exc
+
+
+def _check_manifest(manifest: Manifest, where: str) -> None:
+    def require(condition: bool, what: str) -> None:
+        if not condition:
+            raise BundleError(f"{where}: {what}")
+
+    require(1 <= manifest.scale <= 16, f"scale {manifest.scale} is not in 1..16")
+    require(manifest.channels == 3, f"channels {manifest.channels}: this SDK runs RGB models")
+    for layout in (manifest.input_layout, manifest.output_layout):
+        require(layout == "NHWC", f"layout {layout!r} is not 'NHWC'")
+    require(len(manifest.stages) > 0, "no stages")
+    names = [stage.name for stage in manifest.stages]
+    require(len(set(names)) == len(names), f"stages have equal names: {names}")
+    for stage in manifest.stages:
+        require(1 <= stage.stride <= 1024, f"stage {stage.name}: stride {stage.stride} is not in 1..1024")
+        require(0 < stage.activation_bytes < 1 << 32, f"stage {stage.name}: activation_bytes out of range")
+        require(len(stage.graphs) > 0, f"stage {stage.name}: no graphs")
+        require(len(stage.halo) > 0, f"stage {stage.name}: no halo table")
+        contexts = [row.context for row in stage.halo]
+        require(contexts == sorted(set(contexts)), f"stage {stage.name}: halo contexts do not rise")
+        require(
+            all(0 <= c <= 1 << 16 and c % stage.stride == 0 for c in contexts),
+            f"stage {stage.name}: halo contexts are not multiples of the stride {stage.stride}",
+        )
+        require(all(row.error >= 0 for row in stage.halo), f"stage {stage.name}: negative halo error")
+        for file in (stage.weights, *(graph.file for graph in stage.graphs)):
+            bare = file.name == Path(file.name).name and "\\" not in file.name and file.name not in ("", ".", "..")
+            require(bare and "\0" not in file.name, f"file name {file.name!r} is not a bare name inside the bundle")
+        for graph in stage.graphs:
+            require(graph.precision in ("fp32", "fp16"), f"{graph.file.name}: precision {graph.precision!r}")
+            require(graph.ends in ("uint8", "float32"), f"{graph.file.name}: ends {graph.ends!r}")
+
+
+def _parse(kind: Any, value: Any, where: str) -> Any:
+    """Build frozen dataclasses from JSON values; unknown, missing or mistyped fields are errors."""
+    if is_dataclass(kind):
+        if not isinstance(value, dict):
+            raise BundleError(f"{where}: expected an object, got {type(value).__name__}")
+        hints = typing.get_type_hints(kind)
+        names = [item.name for item in fields(kind)]
+        wrong = sorted(set(names) ^ set(value))
+        if wrong:
+            raise BundleError(f"{where}: missing or unknown fields: {', '.join(map(repr, wrong))}")
+        return kind(**{name: _parse(hints[name], value[name], f"{where}: {name}") for name in names})
+    origin = typing.get_origin(kind)
+    if origin is tuple:
+        if not isinstance(value, list):
+            raise BundleError(f"{where}: expected a list, got {type(value).__name__}")
+        item = typing.get_args(kind)[0]
+        return tuple(_parse(item, entry, f"{where}[{index}]") for index, entry in enumerate(value))
+    if origin is dict or isinstance(kind, types.GenericAlias):
+        kind = dict
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not kind or (kind is float and not value < float("inf")):
+        raise BundleError(f"{where}: expected {kind.__name__}, got {value!r:.80}")
+    return value

@@ -1,0 +1,142 @@
+"""Picture <-> array: what may come in, how alpha and grey become RGB for the network, and back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from .errors import ImageError
+
+DTYPES = (np.dtype(np.uint8), np.dtype(np.uint16), np.dtype(np.float32))
+
+
+def check_array(image: np.ndarray) -> None:
+    """Accept (H, W), (H, W, 1..4) arrays of uint8, uint16 or float32 with at least one pixel.
+
+    Raises: ImageError that says what was received and what is expected.
+    """
+    if not isinstance(image, np.ndarray):
+        raise ImageError(f"expected a numpy array or a PIL picture, got {type(image).__name__}")
+    if image.dtype not in DTYPES:
+        raise ImageError(f"dtype {image.dtype} is not supported: uint8, uint16 or float32 in [0, 1]")
+    if image.ndim not in (2, 3) or (image.ndim == 3 and not 1 <= image.shape[2] <= 4):
+        raise ImageError(f"shape {image.shape} is not supported: (H, W) or (H, W, C) with 1 to 4 channels")
+    if 0 in image.shape:
+        raise ImageError(f"a picture of shape {image.shape} has no pixels")
+    if image.dtype == np.float32 and not np.isfinite(image).all():
+        raise ImageError("the picture holds NaN or infinite values; clean it before enlarging")
+
+
+@dataclass(frozen=True)
+class Planes:
+    """A picture as the network takes it.
+
+    colour: (H, W, 3), alpha: (H, W, 3) with equal channels or None; uint8, or float32 in [0, 1].
+    """
+
+    colour: np.ndarray
+    alpha: np.ndarray | None
+
+
+def split(image: np.ndarray) -> Planes:
+    """Turn a checked array into RGB and alpha planes; uint16 becomes float32.
+
+    Colour under fully transparent pixels is replaced by that of visible neighbours, so that it cannot bleed in.
+    """
+    if image.ndim == 2:
+        image = image[:, :, None]
+    if image.dtype == np.uint16:
+        image = image.astype(np.float32) / np.float32(65535)
+    elif image.dtype == np.float32:
+        image = np.clip(image, 0, 1)
+    channels = image.shape[2]
+    colour = image[:, :, : 3 if channels >= 3 else 1]
+    alpha = image[:, :, -1:] if channels in (2, 4) else None
+    if alpha is not None:
+        if alpha.min() == alpha.max() == (255 if image.dtype == np.uint8 else 1):
+            # Opaque everywhere: nothing to enlarge, join() fills it in.
+            alpha = np.broadcast_to(alpha, (*alpha.shape[:2], 1))
+        colour = _bleed(colour, alpha[:, :, 0] > 0)
+        alpha = np.repeat(alpha, 3, axis=2)
+    if colour.shape[2] == 1:
+        colour = np.repeat(colour, 3, axis=2)
+    return Planes(np.ascontiguousarray(colour), alpha)
+
+
+def join(planes: Planes, *, channels: int | None, dtype: np.dtype) -> np.ndarray:
+    """Put enlarged planes back into the caller's form.
+
+    channels: 1 to 4, or None for a (H, W) grey array. dtype: that of the input.
+    """
+    colour = planes.colour
+    if channels in (None, 1, 2):
+        # The network's channels of a grey picture differ by a little: their mean is the result.
+        grey = colour.mean(axis=2, keepdims=True, dtype=np.float32)
+        colour = np.rint(grey).astype(np.uint8) if colour.dtype == np.uint8 else grey
+    if planes.alpha is not None:
+        alpha = planes.alpha.mean(axis=2, keepdims=True, dtype=np.float32)
+        alpha = np.rint(alpha).astype(np.uint8) if planes.alpha.dtype == np.uint8 else alpha
+        colour = np.concatenate((colour, alpha), axis=2)
+    if dtype == np.uint16:
+        colour = np.rint(np.clip(colour, 0, 1) * np.float32(65535)).astype(np.uint16)
+    return colour[:, :, 0] if channels is None else colour
+
+
+def _bleed(colour: np.ndarray, visible: np.ndarray) -> np.ndarray:
+    """Fill invisible pixels with the mean colour of visible neighbours, outwards by coarse-to-fine averages."""
+    if visible.all() or not visible.any():
+        return colour
+    weight = visible.astype(np.float32)[:, :, None]
+    filled = _fill(colour.astype(np.float32) * weight, weight)
+    if colour.dtype == np.uint8:
+        filled = np.rint(filled).astype(np.uint8)
+    return np.where(visible[:, :, None], colour, filled)
+
+
+def _fill(weighted: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """Pull-push: average 2x2 blocks until all is covered, then fill each level's gaps from the coarser one."""
+    if weight.min() > 0 or weight.shape[0] == weight.shape[1] == 1:
+        return weighted / np.maximum(weight, 1e-6)
+    pad = ((0, weight.shape[0] % 2), (0, weight.shape[1] % 2), (0, 0))
+    coarse = []
+    for plane in (weighted, weight):
+        plane = np.pad(plane, pad)
+        coarse.append(plane[::2, ::2] + plane[1::2, ::2] + plane[::2, 1::2] + plane[1::2, 1::2])
+    below = _fill(*coarse).repeat(2, axis=0).repeat(2, axis=1)[: weight.shape[0], : weight.shape[1]]
+    return np.where(weight > 0, weighted / np.maximum(weight, 1e-6), below)
+
+
+def from_pil(image: Image.Image) -> np.ndarray:
+    """Turn a PIL picture into an array that `check_array` accepts.
+
+    Modes L, LA, RGB, RGBA, I;16 stay; palettes become RGB or RGBA; 1 becomes L; CMYK, YCbCr, LAB and HSV become RGB.
+    Raises: ImageError for other modes.
+    """
+    mode = image.mode
+    if mode in ("L", "LA", "RGB", "RGBA"):
+        if mode in ("L", "RGB") and "transparency" in image.info:
+            image = image.convert("RGBA")
+    elif mode.startswith("I;16"):
+        return np.asarray(image).astype(np.uint16)
+    elif mode in ("P", "PA"):
+        image = image.convert("RGBA" if "transparency" in image.info or mode == "PA" else "RGB")
+    elif mode == "1":
+        image = image.convert("L")
+    elif mode in ("CMYK", "YCbCr", "LAB", "HSV", "RGBX"):
+        image = image.convert("RGB")
+    elif mode == "F":
+        return np.asarray(image, dtype=np.float32)
+    else:
+        raise ImageError(f"PIL mode {mode!r} is not supported; convert to L, RGB or RGBA first")
+    return np.asarray(image)
+
+
+def to_pil(image: np.ndarray) -> Image.Image:
+    """Turn a result into a PIL picture: uint8 with 1 to 4 channels, uint16 or float32 grey."""
+    if image.ndim == 3 and image.shape[2] == 1:
+        image = image[:, :, 0]
+    if image.ndim == 3 and image.dtype != np.uint8:
+        raise ImageError(f"PIL has no mode for {image.shape[2]} channels of {image.dtype}")
+    return Image.fromarray(image)

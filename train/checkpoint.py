@@ -1,0 +1,85 @@
+"""Checkpoints: a folder with state.safetensors and state.json, written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from .errors import CheckpointError, ResourceError
+
+TENSORS = "state.safetensors"
+FACTS = "state.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """tensors: flat names such as "model.head.weight"; facts: JSON values (position, recipe, versions)."""
+
+    tensors: dict[str, Tensor]
+    facts: dict[str, Any]
+
+    def group(self, prefix: str) -> dict[str, Tensor]:
+        """Give the tensors below a prefix, without it."""
+        return {key[len(prefix) + 1 :]: value for key, value in self.tensors.items() if key.startswith(prefix + ".")}
+
+
+def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
+    """Write beside the target, then rename, so that a killed process leaves the old checkpoint or the new one.
+
+    Raises: ResourceError if the disk is full or cannot be written.
+    """
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        save_file({key: value.contiguous() for key, value in checkpoint.tensors.items()}, temporary / TENSORS)
+        (temporary / FACTS).write_text(json.dumps(checkpoint.facts, indent=2) + "\n", encoding="utf-8")
+        for name in (TENSORS, FACTS):
+            with open(temporary / name, "rb") as file:
+                os.fsync(file.fileno())
+        if folder.exists():
+            shutil.rmtree(folder)
+        temporary.rename(folder)
+    except (OSError, SafetensorError) as exc:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise ResourceError(f"{folder}: the checkpoint could not be written ({exc}); free space or choose --out") from exc
+
+
+def load_checkpoint(folder: Path) -> Checkpoint:
+    """Read a checkpoint; nothing in it is ever unpickled.
+
+    Raises: CheckpointError if it is missing, truncated or not of this format.
+    """
+    try:
+        facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+        tensors = load_file(folder / TENSORS)
+    except (OSError, ValueError, SafetensorError) as exc:
+        raise CheckpointError(f"{folder}: not a readable checkpoint ({exc})") from exc
+    if not isinstance(facts, dict):
+        raise CheckpointError(f"{folder}: {FACTS} holds no table")
+    return Checkpoint(tensors, facts)
+
+
+def latest_checkpoint(run: Path) -> Path | None:
+    """Find the newest resumable checkpoint of a run, or None."""
+    found = sorted((run / "checkpoints").glob("step-*"))
+    return found[-1] if found else None
+
+
+def keep_latest(run: Path, count: int) -> None:
+    """Delete all but the newest `count` resumable checkpoints."""
+    for folder in sorted((run / "checkpoints").glob("step-*"))[:-count]:
+        shutil.rmtree(folder)
+
+
+def stage_folder(run: Path, stage: str) -> Path:
+    """Give the place of a finished stage's weights: what `sr-export` reads."""
+    return run / "stages" / stage

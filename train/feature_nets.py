@@ -1,0 +1,187 @@
+"""Frozen networks whose activations compare pictures, and the pretrained weights they and encoders start from."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from .errors import WeightsError
+
+LOG = logging.getLogger(__name__)
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+RANDOM_WEIGHTS = "random"
+
+
+class Normalise(nn.Module):
+    """ImageNet normalisation of (N, 3, H, W) RGB in [0, 1]."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(IMAGENET_STD).view(1, 3, 1, 1), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - self.mean) / self.std
+
+
+def find_weights(source: str | None) -> Path | str | None:
+    """Decide where pretrained weights come from: a folder, "random", or None for torchvision's download.
+
+    source: the --weights argument; None falls back to the environment variable SR_WEIGHTS_DIR.
+    Raises: WeightsError if the folder does not exist.
+    """
+    source = source or os.environ.get("SR_WEIGHTS_DIR") or None
+    if source is None or source == RANDOM_WEIGHTS:
+        return source
+    folder = Path(source)
+    if not folder.is_dir():
+        raise WeightsError(f"--weights {source}: no such folder; give one, or 'random' to start without pretraining")
+    return folder
+
+
+def load_pretrained(
+    name: str, source: Path | str | None, *, files: Mapping[str, str], download: Callable[[], Mapping[str, Tensor]]
+) -> dict[str, Tensor] | None:
+    """Fetch the pretrained state of a network.
+
+    files: file names that may hold it in a weights folder, by network name.
+    download: torchvision's loader, called when there is no folder.
+    Returns: tensors in float32, or None for random weights.
+    Raises: WeightsError that names both ways of getting them.
+    """
+    if source == RANDOM_WEIGHTS:
+        LOG.warning("%s starts from random weights, as --weights random asks", name)
+        return None
+    if isinstance(source, Path):
+        file = files.get(name)
+        if file is None or not (source / file).is_file():
+            raise WeightsError(f"{source}: no weights for {name} (expected {file or 'none are known'})")
+        return {key: value.float() for key, value in load_file(source / file).items()}
+    try:
+        return {key: value.float() for key, value in download().items()}
+    except OSError as exc:  # urllib's errors are OSErrors
+        raise WeightsError(
+            f"the weights of {name} could not be downloaded ({exc}); "
+            "give a folder that holds them with --weights DIR or SR_WEIGHTS_DIR, or --weights random"
+        ) from exc
+
+
+@dataclass(frozen=True)
+class FeatureNetSpec:
+    """A torchvision `features` stack and the activations that are compared.
+
+    layers: name -> index in the stack; the activation behind that module is taken.
+    weights_name: torchvision's enum entry, as "VGG16_BN_Weights.IMAGENET1K_V1".
+    file: file name in a weights folder; its keys may carry the prefix "features.".
+    """
+
+    builder: str
+    weights_name: str
+    layers: Mapping[str, int]
+    default_layers: tuple[str, ...]
+    file: str = ""
+
+
+FEATURE_NETS: dict[str, FeatureNetSpec] = {
+    # The ReLU before pools 3 to 5 (fastai's perceptual loss).
+    "vgg16_bn": FeatureNetSpec(
+        "vgg16_bn",
+        "VGG16_BN_Weights.IMAGENET1K_V1",
+        {"relu3_3": 22, "relu4_3": 32, "relu5_3": 42},
+        ("relu3_3", "relu4_3", "relu5_3"),
+        "vgg16_bn.safetensors",
+    ),
+    "vgg16": FeatureNetSpec(
+        "vgg16",
+        "VGG16_Weights.IMAGENET1K_V1",
+        {"relu3_3": 15, "relu4_3": 22, "relu5_3": 29},
+        ("relu3_3", "relu4_3", "relu5_3"),
+        "vgg16.safetensors",
+    ),
+    "squeezenet1_1": FeatureNetSpec(
+        "squeezenet1_1",
+        "SqueezeNet1_1_Weights.IMAGENET1K_V1",
+        # Names as in LPIPS, whose slices end at these modules.
+        {"relu1": 1, "fire3": 4, "fire5": 7, "fire6": 9, "fire7": 10, "fire8": 11, "fire9": 12},
+        ("fire3", "fire5", "fire7"),
+        "squeezenet1_1_features.fp16.safetensors",
+    ),
+    "vgg19_normalised": FeatureNetSpec(
+        "vgg19",
+        "VGG19_Weights.IMAGENET1K_V1",
+        {"relu1_1": 1, "relu1_2": 3, "relu2_1": 6, "relu2_2": 8, "relu3_1": 11, "conv3_1": 10},
+        ("relu1_2", "relu2_2", "relu3_1"),
+        "vgg19norm_features_to_relu3_1.fp16.safetensors",
+    ),
+}
+
+
+class FeatureNet(nn.Module):
+    """Frozen feature extractor in eval mode: (N, 3, H, W) in [0, 1] -> a list of activations (N, C_i, H_i, W_i)."""
+
+    def __init__(self, stack: nn.Sequential, taps: tuple[int, ...]):
+        super().__init__()
+        self.normalise = Normalise()
+        self.stack = stack[: max(taps) + 1]
+        for module in self.stack.modules():
+            if isinstance(module, nn.ReLU):
+                module.inplace = False  # a tap in front of a ReLU must keep its values
+        self.taps = taps
+        self.requires_grad_(False)
+        self.eval()
+
+    def train(self, mode: bool = True) -> FeatureNet:
+        """Stay in eval mode, whatever the model around it does."""
+        return super().train(False)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        x = self.normalise(x)
+        taken = {}
+        for index, module in enumerate(self.stack):
+            x = module(x)
+            if index in self.taps:
+                taken[index] = x
+        return [taken[index] for index in self.taps]
+
+
+def build_feature_net(name: str, *, layers: tuple[str, ...], weights: Path | str | None) -> FeatureNet:
+    """Build a frozen feature network by its name in FEATURE_NETS.
+
+    Raises: WeightsError for an unknown name or layer, or weights that are missing or do not fit.
+    """
+    import torchvision
+
+    if name not in FEATURE_NETS:
+        raise WeightsError(f"unknown feature network {name!r}: one of {', '.join(FEATURE_NETS)}")
+    spec = FEATURE_NETS[name]
+    layers = layers or spec.default_layers
+    unknown = [layer for layer in layers if layer not in spec.layers]
+    if unknown:
+        raise WeightsError(f"{name} has no layers {unknown}: one of {', '.join(spec.layers)}")
+    stack = getattr(torchvision.models, spec.builder)(weights=None).features
+    taps = tuple(spec.layers[layer] for layer in layers)
+    state = load_pretrained(
+        name,
+        weights,
+        files={name: spec.file},
+        download=lambda: torchvision.models.get_weight(spec.weights_name).get_state_dict(progress=True),
+    )
+    if state is not None:
+        wanted = stack[: max(taps) + 1].state_dict()
+        state = {key.removeprefix("features."): value for key, value in state.items()}
+        missing = [key for key in wanted if key not in state and not key.endswith("num_batches_tracked")]
+        if missing:
+            raise WeightsError(f"the weights of {name} lack {', '.join(missing[:4])}")
+        stack.load_state_dict({key: state[key] for key in wanted if key in state}, strict=False)
+    return FeatureNet(stack, taps)

@@ -1,0 +1,129 @@
+"""The fast tier: a conv-only three-level U-Net whose trunk works at a quarter of the output size."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .icnr import icnr_
+
+OUTPUT_FACTOR = 4  # the trunk's pixel covers 4x4 pixels of the output
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions added to their input; no normalisation."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+        nn.init.kaiming_normal_(self.conv1.weight)
+        nn.init.zeros_(self.conv1.bias)
+        # A tenth of He's scale keeps a deep stack near the identity at the start, in place of a norm.
+        nn.init.kaiming_normal_(self.conv2.weight)
+        self.conv2.weight.data.mul_(0.1)
+        nn.init.zeros_(self.conv2.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv2(F.relu(self.conv1(x)))
+
+
+class Up(nn.Module):
+    """1x1 convolution and PixelShuffle: (N, 2c, h, w) -> (N, c, 2h, 2w)."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels * 2, 1)
+        self.shuffle = nn.PixelShuffle(2)
+        icnr_(self.conv.weight, factor=2)
+        nn.init.zeros_(self.conv.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.shuffle(self.conv(x))
+
+
+def _blocks(channels: int, count: int) -> nn.Sequential:
+    return nn.Sequential(*(ResidualBlock(channels) for _ in range(count)))
+
+
+class FastUNet(nn.Module):
+    """Enlarge by 1, 2 or 4 with a residual U-Net over PixelUnshuffle(4/scale) of the input.
+
+    channels: width of the first level; the next two have twice and four times as many.
+    blocks: residual blocks at each level (on both sides for the first two).
+    Input: (N, 3, h, w) float RGB in [0, 1], h and w multiples of `stride`.
+    Output: (N, 3, h*scale, w*scale) float RGB, not clamped.
+    Source: SEEDS, system H.
+    """
+
+    def __init__(self, scale: int = 2, *, channels: int = 32, blocks: tuple[int, int, int] = (2, 2, 2)):
+        super().__init__()
+        if scale not in (1, 2, 4):
+            raise ValueError(f"FastUNet enlarges by 1, 2 or 4, not {scale}")
+        self.scales = (scale,)
+        unshuffle = OUTPUT_FACTOR // scale
+        c = channels
+        # PixelUnshuffle(r) and a 3x3 convolution, written as one convolution of 3r x 3r with stride r:
+        # the same function and parameters, and one node in the deployed graph.
+        self.head = nn.Conv2d(3, c, 3 * unshuffle, stride=unshuffle, padding=unshuffle)
+        self.encoder1 = _blocks(c, blocks[0])
+        self.down1 = nn.Conv2d(c, c * 2, 2, stride=2)
+        self.encoder2 = _blocks(c * 2, blocks[1])
+        self.down2 = nn.Conv2d(c * 2, c * 4, 2, stride=2)
+        self.bottom = _blocks(c * 4, blocks[2])
+        self.up2 = Up(c * 4)
+        self.decoder2 = _blocks(c * 2, blocks[1])
+        self.up1 = Up(c * 2)
+        self.decoder1 = _blocks(c, blocks[0])
+        self.tail = nn.Conv2d(c, 3 * OUTPUT_FACTOR**2, 3, padding=1)
+        self.shuffle = nn.PixelShuffle(OUTPUT_FACTOR)
+        for conv in (self.head, self.down1, self.down2):
+            nn.init.kaiming_normal_(conv.weight, nonlinearity="linear")
+            nn.init.zeros_(conv.bias)
+        nn.init.zeros_(self.tail.weight)  # training starts from plain interpolation
+        nn.init.zeros_(self.tail.bias)
+
+    def stride(self, scale: int) -> int:
+        """Give the grid, in LR pixels: three levels, so two halvings below the trunk."""
+        return 4 * OUTPUT_FACTOR // scale
+
+    def layer_groups(self) -> list[nn.Module]:
+        """Everything learns at one rate."""
+        return [self]
+
+    def freezable_parameters(self) -> list[nn.Parameter]:
+        """Nothing is pretrained."""
+        return []
+
+    def hidden_weights(self) -> list[nn.Parameter]:
+        """Every convolution but the ones that meet pixels."""
+        ends = (self.head, self.tail)
+        convolutions = [m for m in self.modules() if isinstance(m, nn.Conv2d) and m not in ends]
+        return [convolution.weight for convolution in convolutions]
+
+    def fold(self) -> None:
+        """Nothing to fold: there are only plain convolutions."""
+
+    def forward(self, x: Tensor, scale: int) -> Tensor:
+        if scale not in self.scales:
+            raise ValueError(f"this network enlarges by {self.scales[0]}, not {scale}")
+        level1 = self.encoder1(self.head(x))  # (N, c, H/4, W/4) of the output size H x W
+        level2 = self.encoder2(self.down1(level1))
+        level3 = self.bottom(self.down2(level2))
+        level2 = self.decoder2(self.up2(level3) + level2)
+        level1 = self.decoder1(self.up1(level2) + level1)
+        detail = self.shuffle(self.tail(level1))
+        if scale == 1:
+            return x + detail
+        skip = F.interpolate(x, scale_factor=float(scale), mode="bilinear", align_corners=False)
+        return skip + detail
+
+
+def build_fast_unet(
+    *, scales: tuple[int, ...], weights: object, channels: int = 32, blocks: tuple[int, int, int] = (2, 2, 2)
+) -> FastUNet:
+    """Build a FastUNet; it serves one scale and starts from no pretrained weights."""
+    if len(scales) != 1:
+        raise ValueError(f"one scale for each network, got {list(scales)}")
+    return FastUNet(scales[0], channels=channels, blocks=blocks)

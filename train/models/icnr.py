@@ -1,0 +1,20 @@
+"""ICNR: initialise a convolution before PixelShuffle so that it starts as nearest interpolation."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+@torch.no_grad()
+def icnr_(weight: Tensor, *, factor: int, init=nn.init.kaiming_normal_) -> Tensor:
+    """Fill `weight` in place so that all factor*factor sub-pixels of a channel are equal.
+
+    weight: (C * factor**2, in, kh, kw), the convolution in front of nn.PixelShuffle(factor).
+    Returns: weight.
+    Source: Aitken et al., "Checkerboard artifact free sub-pixel convolution", arXiv 1707.02937.
+    """
+    kernel = torch.empty(weight.shape[0] // factor**2, *weight.shape[1:], dtype=weight.dtype)
+    init(kernel)
+    weight.copy_(kernel.repeat_interleave(factor**2, dim=0))
+    return weight

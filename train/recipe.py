@@ -1,0 +1,228 @@
+"""Recipes: what is trained, on what, and for how long. All defaults stand here, once."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import sys
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .errors import RecipeError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+RECIPE_DIR = Path(__file__).parent / "recipes"
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which network; `options` are keyword arguments of its builder in train.models."""
+
+    name: str = "fast"
+    scales: tuple[int, ...] = (2,)
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class DegradeConfig:
+    """How the low-resolution picture is made of the photograph; every range is drawn for each sample.
+
+    resize: filter of the reduction, "bicubic" (the protocol's) or "bilinear", both antialiased.
+    jpeg_quality, noise_sigma (8-bit code values), holes, texts: (lowest, highest).
+    *_probability: share of the samples that get the damage.
+    """
+
+    resize: str = "bicubic"
+    jpeg_probability: float = 0.0
+    jpeg_quality: tuple[int, int] = (10, 70)
+    noise_probability: float = 0.0
+    noise_sigma: tuple[float, float] = (2.0, 20.0)
+    holes_probability: float = 0.0
+    holes: tuple[int, int] = (1, 8)
+    text_probability: float = 0.0
+    texts: tuple[int, int] = (1, 3)
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Pixel term plus, where `feature_net` is named, the perceptual terms of SEEDS A.
+
+    pixel: "l1", "mse" or "charbonnier"; 0 weights switch a term off.
+    feature_layers: names in train.feature_nets, empty for the network's own default.
+    feature_weights: one for each layer; the style term's weight is its square times `style_weight`.
+    luma_weight: the pixel term once more, on BT.601 luma.
+    colour_weight: L1 between 16x16 block means, which deep features hardly see.
+    """
+
+    pixel: str = "charbonnier"
+    pixel_weight: float = 1.0
+    luma_weight: float = 0.0
+    colour_weight: float = 0.0
+    feature_net: str = ""
+    feature_layers: tuple[str, ...] = ()
+    feature_weights: tuple[float, ...] = (5.0, 15.0, 2.0)
+    feature_weight: float = 1.0
+    style_weight: float = 5e3
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW under a one-cycle schedule (cosine both ways).
+
+    muon_rate: the rate of Muon, which then takes the hidden convolutions, as a multiple of the phase's; 0: AdamW alone.
+    """
+
+    muon_rate: float = 0.0
+    weight_decay: float = 0.0
+    beta1_high: float = 0.95
+    beta1_low: float = 0.85
+    beta2: float = 0.99
+    warmup_share: float = 0.25
+    div: float = 25.0
+    final_div: float = 2.5e5
+    gradient_clip: float = 0.0
+    ema_decay: float = 0.999
+
+
+@dataclass(frozen=True)
+class PhaseConfig:
+    """Part of a stage with one schedule.
+
+    learning_rate: highest of the cycle, at the network's output end.
+    encoder_learning_rate: at its input end; layer groups between are spaced geometrically; 0: the same.
+    """
+
+    name: str = "all"
+    epochs: float = 1.0
+    learning_rate: float = 1e-3
+    encoder_learning_rate: float = 0.0
+    freeze_encoder: bool = False
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """One step of progressive resizing: HR crops of `size` pixels in batches of `batch`."""
+
+    name: str = "128"
+    size: int = 128
+    batch: int = 16
+    phases: tuple[PhaseConfig, ...] = (PhaseConfig(),)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides a run besides the photographs."""
+
+    name: str = ""
+    seed: int = 1
+    model: ModelConfig = field(default_factory=ModelConfig)
+    degrade: DegradeConfig = field(default_factory=DegradeConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    stages: tuple[StageConfig, ...] = (StageConfig(),)
+    samples_per_epoch: int = 0  # 0: one crop of each photograph
+    validation_pictures: int = 16
+
+
+def recipe_names() -> list[str]:
+    """List the recipes that come with the package."""
+    return sorted(path.stem for path in RECIPE_DIR.glob("*.toml"))
+
+
+def load_recipe(name_or_path: str, *, overrides: tuple[str, ...] = ()) -> Recipe:
+    """Read a recipe by name or from a TOML file and apply `key=value` overrides.
+
+    overrides: such as "loss.pixel=l1" or "stages.0.batch=8"; values are written as in TOML, bare words are strings.
+    Raises: RecipeError for an unknown recipe or key, or a value of the wrong type.
+    """
+    path = Path(name_or_path)
+    if path.suffix != ".toml":
+        path = RECIPE_DIR / f"{name_or_path}.toml"
+    if not path.is_file():
+        raise RecipeError(f"unknown recipe {name_or_path!r}: one of {', '.join(recipe_names())}, or a .toml file")
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
+        raise RecipeError(f"{path}: not a TOML file: {exc}") from exc
+    values.setdefault("name", path.stem)
+    for override in overrides:
+        _apply_override(values, override)
+    return recipe_from_dict(values)
+
+
+def recipe_from_dict(values: dict[str, Any]) -> Recipe:
+    """Build a Recipe from plain values, as found in TOML or in a run's recipe.json."""
+    recipe = _convert(Recipe, values, "recipe")
+    _check(recipe)
+    return recipe
+
+
+def _check(recipe: Recipe) -> None:
+    names = [stage.name for stage in recipe.stages]
+    if not names or len(set(names)) != len(names):
+        raise RecipeError(f"stages need distinct names, got {names}")
+    for stage in recipe.stages:
+        if stage.size < 16 or stage.batch < 1 or not stage.phases:
+            raise RecipeError(f"stage {stage.name!r}: size >= 16, batch >= 1 and a phase are needed")
+        if any(stage.size % scale for scale in recipe.model.scales):
+            raise RecipeError(f"stage {stage.name!r}: size {stage.size} is not a multiple of {recipe.model.scales}")
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals:
+        raise RecipeError(f"--set {override}: expected key=value")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    *parents, last = key.split(".")
+    target: Any = values
+    for part in parents:
+        if isinstance(target, list):
+            try:
+                target = target[int(part)]
+            except (ValueError, IndexError) as exc:
+                raise RecipeError(f"--set {key}: {part!r} is not an index below {len(target)}") from exc
+        else:
+            target = target.setdefault(part, {})
+    if not isinstance(target, dict):
+        raise RecipeError(f"--set {key}: {'.'.join(parents)} has no named values")
+    target[last] = value
+
+
+def _convert(kind: Any, value: Any, where: str) -> Any:
+    """Turn a plain value into the annotated type, or say what was expected."""
+    if dataclasses.is_dataclass(kind):
+        if not isinstance(value, dict):
+            raise RecipeError(f"{where}: expected a table, got {value!r}")
+        hints = typing.get_type_hints(kind)
+        for key in value:
+            if key not in hints:
+                near = difflib.get_close_matches(key, hints, n=1)
+                raise RecipeError(f"{where}: unknown key {key!r}" + (f", did you mean {near[0]!r}?" if near else ""))
+        return kind(**{key: _convert(hints[key], item, f"{where}.{key}") for key, item in value.items()})
+    origin = typing.get_origin(kind)
+    if origin is tuple:
+        items = typing.get_args(kind)
+        if not isinstance(value, (list, tuple)):
+            raise RecipeError(f"{where}: expected a list, got {value!r}")
+        if items[-1] is not Ellipsis and len(items) != len(value):
+            raise RecipeError(f"{where}: expected {len(items)} values, got {len(value)}")
+        return tuple(_convert(items[0], item, f"{where}.{index}") for index, item in enumerate(value))
+    if origin is dict or isinstance(kind, types.GenericAlias):
+        if not isinstance(value, dict):
+            raise RecipeError(f"{where}: expected a table, got {value!r}")
+        return dict(value)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not kind:
+        raise RecipeError(f"{where}: expected {kind.__name__}, got {value!r}")
+    return value
