@@ -54,12 +54,22 @@ class HaloRow:
 
 
 @dataclass(frozen=True)
+class Parity:
+    """How an engine's output compares with fp32 on real pictures: PSNR in dB, largest difference in code values."""
+
+    engine: str
+    precision: str
+    psnr_db: float
+    max_error: float
+
+
+@dataclass(frozen=True)
 class Stage:
     """One set of weights, trained up to HR crops of `training_size` pixels.
 
     stride: LR pixels; tiles start and end on this grid.
-    halo: measured, rising context.
-    activation_bytes: memory of the fp32 graph's activations for each LR pixel of a window.
+    activation_bytes: peak memory of the fp32 graph's activations for each LR pixel of a window.
+    halo: measured, rising context. parity: measured at export, for the precisions that the exporting machine has.
     """
 
     name: str
@@ -70,6 +80,7 @@ class Stage:
     weights: File
     graphs: tuple[Graph, ...]
     halo: tuple[HaloRow, ...]
+    parity: tuple[Parity, ...]
 
     def graph(self, *, precision: str, ends: str) -> Graph:
         """Find a graph.

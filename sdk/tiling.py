@@ -15,12 +15,16 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Span:
-    """One axis of a window: it is run from `start` to `stop`; `keep_start` to `keep_stop` of it is placed."""
+    """One axis of a window: it is run from `start` to `stop`; `keep_start` to `keep_stop` of it is placed.
+
+    The first `fade` kept pixels are blended with what the window before left there.
+    """
 
     start: int
     stop: int
     keep_start: int
     keep_stop: int
+    fade: int = 0
 
 
 @dataclass(frozen=True)
@@ -46,36 +50,71 @@ def round_up(length: int, stride: int) -> int:
     return -(-length // stride) * stride
 
 
-def plan(size: tuple[int, int], *, window: tuple[int, int], halo: int, stride: int) -> Plan:
+def plan(size: tuple[int, int], *, window: tuple[int, int], halo: int, stride: int, blend: bool = False) -> Plan:
     """Cover a picture with equal windows, each trusted only `halo` pixels away from its inner edges.
 
-    size: of the picture, at least (1, 1). window: at most this large; each side a multiple of `stride` and larger
-    than 2*halo, unless the padded picture fits into it. halo: a multiple of stride.
-    Along each axis the windows are made no larger than their count asks for.
+    size: of the picture, at least (1, 1). window: each side a multiple of `stride`, and larger than 2*halo unless
+    the padded picture fits into it. halo: a multiple of stride. blend: cross-fade neighbours over half the halo
+    on each side of a cut.
     """
     padded = (round_up(size[0], stride), round_up(size[1], stride))
-    rows = spans(padded[0], window=window[0], halo=halo, stride=stride)
-    columns = spans(padded[1], window=window[1], halo=halo, stride=stride)
+    rows, columns = (
+        spans(length, window=side, halo=halo, fade=halo if blend else 0)
+        for length, side in zip(padded, window, strict=True)
+    )
     shape = (rows[0].stop - rows[0].start, columns[0].stop - columns[0].start)
     return Plan(size, padded, shape, tuple((row, column) for row in rows for column in columns))
 
 
-def spans(length: int, *, window: int, halo: int, stride: int) -> list[Span]:
-    """Cut one axis of a padded picture; the kept parts cover it once and without gaps."""
+def spans(length: int, *, window: int, halo: int, fade: int = 0) -> list[Span]:
+    """Cut one axis of a padded picture; without `fade` the kept parts cover it once and without gaps.
+
+    fade: width of the cross-fade around each cut, at most 2*halo.
+    """
     if length <= window:
         return [Span(0, length, 0, length)]
-    assert window > 2 * halo and window % stride == halo % stride == length % stride == 0
-    cuts = [0]
-    while cuts[-1] + window < length:
-        cuts.append(cuts[-1] + window - 2 * halo)
-    cuts[-1] = length - window  # the last window is shifted inwards
+    assert window > 2 * halo >= fade
+    count = count_windows(length, window=window, halo=halo)
+    starts = [index * (window - 2 * halo) for index in range(count - 1)]
+    starts.append(length - window)  # shifted inwards
+    # Where one window's kept part ends and the next one's begins.
+    cuts = [start + window - halo for start in starts[:-1]]
     result = []
-    kept = 0
-    for index, start in enumerate(cuts):
-        keep_stop = length if index + 1 == len(cuts) else start + window - halo
-        result.append(Span(start, start + window, kept, keep_stop))
-        kept = keep_stop
+    for index, start in enumerate(starts):
+        keep_start = cuts[index - 1] - fade // 2 if index else 0
+        keep_stop = cuts[index] + fade // 2 if index < len(cuts) else length
+        result.append(Span(start, start + window, keep_start, keep_stop, fade // 2 * 2 if index else 0))
     return result
+
+
+def choose_window(size: tuple[int, int], *, limit: int, halo: int, stride: int) -> tuple[int, int]:
+    """Find the window of at most `limit` pixels that runs the fewest pixels over a whole picture.
+
+    One piece wins where it fits. Otherwise squares are tried, then shrunk to what their count needs.
+    """
+    padded = (round_up(size[0], stride), round_up(size[1], stride))
+    if padded[0] * padded[1] <= limit:
+        return padded
+    smallest = 2 * halo + stride
+    largest = max(smallest, int(limit**0.5) // stride * stride)
+    best: tuple[int, tuple[int, int]] | None = None
+    for side in range(smallest, largest + 1, stride):
+        window = tuple(_shrink(length, window=side, halo=halo, stride=stride) for length in padded)
+        counts = [count_windows(length, window=w, halo=halo) for length, w in zip(padded, window, strict=True)]
+        cost = counts[0] * counts[1] * window[0] * window[1]
+        if best is None or cost <= best[0]:
+            best = cost, (window[0], window[1])
+    assert best is not None
+    return best[1]
+
+
+def _shrink(length: int, *, window: int, halo: int, stride: int) -> int:
+    """Give the smallest window that needs no more spans than `window` does."""
+    count = count_windows(length, window=window, halo=halo)
+    if count == 1:
+        return length
+    # count windows reach count * (window - 2*halo) + 2*halo pixels.
+    return round_up(-(-(length - 2 * halo) // count), stride) + 2 * halo
 
 
 def count_windows(length: int, *, window: int, halo: int) -> int:
@@ -108,4 +147,18 @@ def place(canvas: np.ndarray, outputs: np.ndarray, windows: Sequence[tuple[Span,
             rows.keep_start * scale : rows.keep_stop * scale, columns.keep_start * scale : columns.keep_stop * scale
         ]
         top, left = (rows.keep_start - rows.start) * scale, (columns.keep_start - columns.start) * scale
-        target[:] = output[top : top + target.shape[0], left : left + target.shape[1]]
+        kept = output[top : top + target.shape[0], left : left + target.shape[1]]
+        if rows.fade or columns.fade:
+            vertical = _ramp(target.shape[0], rows.fade * scale)
+            weight = (vertical[:, None] * _ramp(target.shape[1], columns.fade * scale))[:, :, None]
+            # A fresh canvas may hold anything, NaN included, where a window is the first to write.
+            mixed = np.where(weight < 1, kept * weight + target * (1 - weight), kept)
+            kept = np.rint(mixed).astype(target.dtype) if target.dtype == np.uint8 else mixed
+        target[:] = kept
+
+
+def _ramp(length: int, fade: int) -> np.ndarray:
+    """Give (length,) float32 weights that rise from 0 to 1 over the first `fade` entries."""
+    ramp = np.ones(length, np.float32)
+    ramp[:fade] = ((np.arange(fade) + 0.5) / max(fade, 1))[:length]
+    return ramp

@@ -1,0 +1,1 @@
+"""Export of trained runs: PyTorch -> ONNX, checked, as a bundle for the SDK."""

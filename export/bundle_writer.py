@@ -1,0 +1,196 @@
+"""Turn a run into a bundle: trace, check, measure, describe."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+
+from sdk.backends import Request, open_backend
+from sdk.bundle import FORMAT, MANIFEST, VERSION, Bundle, Graph, HaloRow, Manifest, Parity, Stage, hash_file
+from sdk.errors import BackendUnavailable
+from train.checkpoint import load_checkpoint, stage_folder
+from train.errors import TrainError
+from train.feature_nets import RANDOM_WEIGHTS
+from train.loop import load_run
+from train.models import Network, build_model
+from train.recipe import Recipe, StageConfig
+
+from . import verify
+from .errors import ExportError
+from .precision import in_half, round_weights
+from .to_onnx import OPSET, WeightsFile, trace
+
+ENGINES = (("onnxruntime", "fp32"), ("onnxruntime", "fp16"), ("openvino", "fp32"), ("openvino", "bf16"))
+NOTICE = (
+    "This model invents detail that looks plausible but was not in the picture. "
+    "Do not read evidence, identities, text or measurements from what it adds."
+)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the exporting person decides.
+
+    figures: measured quality, embedded into the manifest as it is.
+    """
+
+    scale: int | None = None
+    fp16: bool = False
+    pictures: Path | None = None
+    licence: str = ""
+    figures: dict[str, Any] | None = None
+
+
+def export_run(
+    run: Path, out: Path, options: Options, *, report: Callable[[str], None] = lambda line: None
+) -> Manifest:
+    """Export every finished stage of a run into the folder `out`, which must not exist.
+
+    Raises: ExportError if the run is unfinished, a graph differs from PyTorch, or `out` cannot be written.
+    """
+    if out.exists():
+        raise ExportError(f"{out}: exists already; choose another name or remove it")
+    try:
+        recipe = load_run(run)
+    except TrainError as exc:
+        raise ExportError(str(exc)) from exc
+    scale = _choose_scale(recipe, options.scale)
+    done = [stage for stage in recipe.stages if stage_folder(run, stage.name).is_dir()]
+    if not done:
+        raise ExportError(f"{run}: no finished stage yet; let sr-train complete one")
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    try:
+        temporary.mkdir(parents=True)
+        stages, facts = [], {}
+        for config in done:
+            stage, facts = _export_stage(run, recipe, config, scale, temporary, options, report)
+            stages.append(stage)
+        training = facts | ({"figures": options.figures} if options.figures else {})
+        manifest = Manifest(
+            format=FORMAT, version=VERSION, name=out.name, scale=scale, channels=3,
+            input_layout="NHWC", output_layout="NHWC", stages=tuple(stages), training=training,
+            licence=options.licence or "not stated", notice=NOTICE,
+        )  # fmt: skip
+        (temporary / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+        Bundle.load(temporary)  # what is written must be what can be read
+        temporary.rename(out)
+    except OSError as exc:
+        raise ExportError(f"{out}: cannot be written ({exc.strerror or exc})") from exc
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return manifest
+
+
+def _choose_scale(recipe: Recipe, scale: int | None) -> int:
+    scales = recipe.model.scales
+    if scale is None and len(scales) == 1:
+        return scales[0]
+    if scale not in scales:
+        raise ExportError(f"--scale: the network was trained for {', '.join(map(str, scales))}, not {scale}")
+    return scale
+
+
+def _load_network(run: Path, recipe: Recipe, stage: str) -> tuple[Network, dict[str, Any]]:
+    """Build the stage's network with its trained weights, folded and rounded as they are deployed."""
+    try:
+        checkpoint = load_checkpoint(stage_folder(run, stage))
+        network = build_model(recipe.model, weights=RANDOM_WEIGHTS)
+        network.load_state_dict(checkpoint.group("model"))
+    except (TrainError, RuntimeError) as exc:
+        raise ExportError(f"{run}, stage {stage}: {exc}") from exc
+    network.eval()
+    with torch.no_grad():
+        network.fold()
+    round_weights(network)
+    return network, checkpoint.facts
+
+
+def _export_stage(
+    run: Path,
+    recipe: Recipe,
+    config: StageConfig,
+    scale: int,
+    folder: Path,
+    options: Options,
+    report: Callable[[str], None],
+) -> tuple[Stage, dict[str, Any]]:
+    report(f"stage {config.name}: tracing")
+    network, facts = _load_network(run, recipe, config.name)
+    stride = network.stride(scale)
+    weights = WeightsFile.write(folder / f"{config.name}.weights", network)
+    kinds = [("fp32", "uint8"), ("fp32", "float32")] + ([("fp16", "uint8")] if options.fp16 else [])
+    graphs, activations = [], 0
+    for precision, ends in kinds:
+        source = in_half(network) if precision == "fp16" else network
+        model = trace(source, scale=scale, ends=ends, weights=weights)
+        name = f"{config.name}.{precision}.{ends}.onnx"
+        onnx.save(model, folder / name)
+        onnx.checker.check_model(str(folder / name))
+        graphs.append(Graph(hash_file(folder / name), precision, ends))
+        if (precision, ends) == ("fp32", "uint8"):
+            activations = verify.activation_bytes(model, window=8 * stride)
+    draft = Stage(
+        name=config.name, training_size=config.size, opset=OPSET, stride=stride, activation_bytes=activations,
+        weights=hash_file(folder / weights.name), graphs=tuple(graphs), halo=(HaloRow(0, 0.0),), parity=(),
+    )  # fmt: skip
+    parity = _check_parity(network, draft, folder, scale, options, report)
+    report(f"stage {config.name}: measuring the halo")
+    backend = open_backend("onnxruntime", Request(folder, draft, "uint8", "cpu", "fp32"))
+    pictures = [picture for _, picture in verify.read_pictures(options.pictures, largest=1024)]
+    halo = verify.measure_halo(backend.run, pictures, stride=stride, scale=scale)
+    backend.close()
+    report(f"stage {config.name}: exact with {halo[-verify.EXACT_ROWS].context} px of context")
+    fields = vars(draft) | {"halo": halo, "parity": parity}
+    return Stage(**fields), facts
+
+
+def _check_parity(
+    network: Network, stage: Stage, folder: Path, scale: int, options: Options, report: Callable[[str], None]
+) -> tuple[Parity, ...]:
+    """Check every graph against PyTorch fp32, on every engine that this machine's CPU has.
+
+    A bf16 result below its bar is left out of the table, and the runtime stays with fp32.
+    """
+    references = []
+    for name, picture in verify.read_pictures(options.pictures, largest=256):
+        padded = verify.on_grid(picture, stage.stride)
+        references.append((name, padded, verify.run_torch(network, padded[None], scale=scale)[0]))
+    rows: list[Parity] = []
+
+    def check(engine: str, precision: str, run: Callable[[np.ndarray], np.ndarray]) -> None:
+        where = f"stage {stage.name} on {engine}"
+        worst = verify.check_parity(run, references, precision=precision, where=where)
+        rows.append(Parity(engine, precision, round(min(worst.psnr_db, 999.0), 2), float(worst.max_error)))
+        report(f"{where}, {precision}: {worst.psnr_db:.1f} dB, at most {worst.max_error} from PyTorch fp32")
+
+    if options.fp16:
+        # Engines on a CPU compute an fp16 graph in fp32; PyTorch really rounds every activation.
+        half = in_half(network)
+        check(f"torch {torch.__version__}", "fp16", lambda batch: verify.run_torch(half, batch, scale=scale))
+    for engine, precision in ENGINES:
+        if precision == "fp16" and not options.fp16:
+            continue
+        try:
+            backend = open_backend(engine, Request(folder, stage, "uint8", "cpu", precision))
+        except BackendUnavailable as exc:
+            report(f"stage {stage.name}: {engine} {precision} not checked: {exc}")
+            continue
+        try:
+            check(backend.engine, precision, backend.run)
+        except ExportError as exc:
+            if precision != "bf16":
+                raise
+            report(f"{exc}; bf16 will not be used")
+        finally:
+            backend.close()
+    if not any(row.precision == "fp32" for row in rows):
+        raise ExportError("no engine to check the export with: pip install 'sr-sdk[cpu]'")
+    return tuple(rows)

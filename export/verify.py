@@ -1,0 +1,193 @@
+"""Measure an exported graph: parity with PyTorch, the halo, the memory of its activations."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+import torch
+from PIL import Image
+
+from sdk.bundle import HaloRow
+from sdk.tiling import pad_to, round_up
+from train.models import Network
+
+from .errors import ExportError
+from .to_onnx import DeployGraph
+
+LOG = logging.getLogger(__name__)
+PICTURES = Path(__file__).parent / "pictures"
+MAX_FP32_ERROR = 1  # code values against PyTorch
+MIN_PSNR_DB = {"fp16": 50.0, "bf16": 45.0}
+EXACT_ROWS = 3  # rows of at most 1 code value in a row that end the halo measurement
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Of two 8-bit pictures: PSNR in dB (inf when equal), largest error in code values, and where (row, column)."""
+
+    psnr_db: float
+    max_error: int
+    place: tuple[int, int]
+
+
+def compare(result: np.ndarray, reference: np.ndarray) -> Difference:
+    """Compare (H, W, 3) uint8 pictures of one shape."""
+    error = np.abs(result.astype(np.int16) - reference)
+    mse = float(np.mean(error.astype(np.float64) ** 2))
+    row, column, _ = np.unravel_index(int(error.argmax()), error.shape)
+    return Difference(float(10 * np.log10(255**2 / mse)) if mse else float("inf"), int(error.max()), (int(row), int(column)))
+
+
+def read_pictures(folder: Path | None, *, largest: int) -> list[tuple[str, np.ndarray]]:
+    """Read real pictures (name, (H, W, 3) uint8), cropped in the middle to at most `largest` pixels a side.
+
+    Raises: ExportError if the folder holds none.
+    """
+    from sdk import files
+
+    folder = folder or PICTURES
+    paths = sorted(p for p in folder.glob("*") if p.suffix.lower() in files.FORMATS) if folder.is_dir() else []
+    if not paths:
+        raise ExportError(f"{folder}: no pictures to check the export on; give a folder with --pictures")
+    result = []
+    for path in paths:
+        array = np.asarray(Image.fromarray(files.read(path)[0]).convert("RGB"))
+        top, left = (max(0, (side - largest) // 2) for side in array.shape[:2])
+        result.append((path.name, np.ascontiguousarray(array[top : top + largest, left : left + largest])))
+    return result
+
+
+@torch.no_grad()
+def run_torch(network: Network, batch: np.ndarray, *, scale: int) -> np.ndarray:
+    """Run the deploy graph in PyTorch, in the network's own precision, on pictures whose sides lie on the grid."""
+    graph = DeployGraph(network, scale=scale, ends="uint8").eval()
+    return graph(torch.from_numpy(batch)).numpy()
+
+
+def check_parity(
+    run: Callable[[np.ndarray], np.ndarray],
+    references: Sequence[tuple[str, np.ndarray, np.ndarray]],
+    *,
+    precision: str,
+    where: str,
+) -> Difference:
+    """Hold an engine against PyTorch fp32 on (name, picture, reference) triples.
+
+    run: (1, h, w, 3) uint8 -> (1, h*scale, w*scale, 3) uint8. fp32 may differ by 1 code value anywhere; the others
+    must reach MIN_PSNR_DB on every picture. where: names stage and engine in the message.
+    Returns: the worst difference. Raises: ExportError that names precision, picture and place.
+    """
+    worst: Difference | None = None
+    for name, picture, reference in references:
+        difference = compare(run(picture[None])[0], reference)
+        if precision == "fp32":
+            bad = difference.max_error > MAX_FP32_ERROR
+            limit = f"at most {MAX_FP32_ERROR} code value"
+        else:
+            bad = not difference.psnr_db >= MIN_PSNR_DB[precision]
+            limit = f"at least {MIN_PSNR_DB[precision]} dB"
+        if bad:
+            raise ExportError(
+                f"{where}, {precision}: {name} differs from PyTorch by {difference.max_error} code values at "
+                f"{difference.place}, {difference.psnr_db:.1f} dB ({limit} is allowed)"
+            )
+        if worst is None or difference.psnr_db < worst.psnr_db:
+            worst = difference
+    assert worst is not None
+    return worst
+
+
+def on_grid(picture: np.ndarray, stride: int) -> np.ndarray:
+    """Mirror-pad a picture to the stride grid."""
+    return pad_to(picture, (round_up(picture.shape[0], stride), round_up(picture.shape[1], stride)))
+
+
+def measure_halo(
+    run: Callable[[np.ndarray], np.ndarray],
+    pictures: Sequence[np.ndarray],
+    *,
+    stride: int,
+    scale: int,
+    positions: int = 12,
+    seed: int = 0,
+) -> tuple[HaloRow, ...]:
+    """Measure, for rising context, the largest difference between a tile and the same place of the whole picture.
+
+    run: (1, h, w, 3) uint8 -> (1, h*scale, w*scale, 3) uint8. pictures: real ones; noise is added here.
+    Tiles of two strides are cut at `positions` random places on the grid of each picture, with `context` pixels on
+    every side. Ends after three contexts in a row with at most 1 code value.
+    Returns: rows of rising context; an error never rises with the context (a later, worse row replaces it).
+    Raises: ExportError if no context up to the pictures' size is enough.
+    """
+    rng = np.random.default_rng(seed)
+    largest = max(min(picture.shape[:2]) for picture in pictures) // stride * stride
+    noise = rng.integers(0, 256, (largest, largest, 3), dtype=np.uint8)
+    sources = [_square(picture, stride) for picture in pictures] + [noise]
+    wholes = [run(source[None])[0] for source in sources]
+    tile = 2 * stride
+    errors: list[int] = []
+    while not (len(errors) >= EXACT_ROWS and max(errors[-EXACT_ROWS:]) <= 1):
+        context = len(errors) * stride
+        span = tile + 2 * context
+        if span > largest:
+            raise ExportError(
+                f"tiles still differ by {errors[-1]} code values with a context of {context - stride} px; "
+                f"larger pictures than {largest} px are needed to measure the halo (--pictures)"
+            )
+        worst = 0
+        for source, whole in zip(sources, wholes, strict=True):
+            room = (source.shape[0] - span) // stride
+            for _ in range(positions if room >= 0 else 0):
+                top, left = (int(value) * stride for value in rng.integers(0, room + 1, 2))
+                result = run(source[None, top : top + span, left : left + span])[0]
+                inner = slice(context * scale, (context + tile) * scale)
+                rows = slice((top + context) * scale, (top + context + tile) * scale)
+                columns = slice((left + context) * scale, (left + context + tile) * scale)
+                worst = max(worst, compare(result[inner, inner], whole[rows, columns]).max_error)
+        errors.append(worst)
+        LOG.info("halo %d px: largest difference %d", context, worst)
+    for index in reversed(range(len(errors) - 1)):
+        errors[index] = max(errors[index], errors[index + 1])
+    return tuple(HaloRow(index * stride, float(error)) for index, error in enumerate(errors))
+
+
+def _square(picture: np.ndarray, stride: int) -> np.ndarray:
+    """Crop to the largest square on the grid."""
+    side = min(picture.shape[:2]) // stride * stride
+    return picture[:side, :side]
+
+
+def activation_bytes(model: onnx.ModelProto, *, window: int) -> int:
+    """Count the peak memory of live activations for each LR pixel, at one square window.
+
+    Follows the nodes in order and frees a tensor after its last use, as an engine's planner does.
+    """
+    fixed = onnx.ModelProto()
+    fixed.CopyFrom(model)
+    for dimension, size in zip(fixed.graph.input[0].type.tensor_type.shape.dim, (1, window, window, 3), strict=True):
+        dimension.dim_value = size
+    for dimension in fixed.graph.output[0].type.tensor_type.shape.dim:
+        dimension.Clear()
+    fixed = onnx.shape_inference.infer_shapes(fixed, data_prop=True)
+    graph = fixed.graph
+    sizes = {}
+    for value in (*graph.input, *graph.value_info, *graph.output):
+        kind = value.type.tensor_type
+        shape = [dimension.dim_value for dimension in kind.shape.dim]
+        sizes[value.name] = int(np.prod(shape)) * onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type).itemsize
+    constants = {tensor.name for tensor in graph.initializer}
+    last_use = {name: index for index, node in enumerate(graph.node) for name in node.input}
+    live = peak = sizes[graph.input[0].name]
+    for index, node in enumerate(graph.node):
+        if all(name in constants for name in node.input):  # a weight's cast, folded at load
+            constants.update(node.output)
+            continue
+        live += sum(sizes.get(name, 0) for name in node.output)
+        peak = max(peak, live)
+        live -= sum(sizes.get(n, 0) for n in {*node.input} - constants if last_use[n] == index)
+    return -(-peak // window**2)

@@ -1,0 +1,32 @@
+"""Super-resolution in production: `from sdk import Upscaler`."""
+
+from __future__ import annotations
+
+from .bundle import Bundle
+from .errors import (
+    BackendError,
+    BackendUnavailable,
+    BundleError,
+    ImageError,
+    OptionError,
+    OutOfMemory,
+    OutputError,
+    SRError,
+)
+from .upscaler import Stats, Upscaler
+from .version import __version__
+
+__all__ = [
+    "BackendError",
+    "BackendUnavailable",
+    "Bundle",
+    "BundleError",
+    "ImageError",
+    "OptionError",
+    "OutOfMemory",
+    "OutputError",
+    "SRError",
+    "Stats",
+    "Upscaler",
+    "__version__",
+]

@@ -1,0 +1,106 @@
+"""Inference engines behind one small interface; each engine is imported only in its own file."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from ..bundle import Stage
+from ..errors import BackendUnavailable, OptionError
+
+LOG = logging.getLogger(__name__)
+PRECISIONS = ("auto", "fp32", "fp16", "bf16")
+
+# Name -> module. Each module has `open_backend(request) -> Backend`.
+MODULES = {"onnxruntime": ".onnxruntime", "openvino": ".openvino"}
+# What "auto" tries, fastest first.
+AUTO_ORDER = (("onnxruntime", "cuda:0"), ("openvino", "cpu"), ("onnxruntime", "cpu"))
+
+
+@dataclass(frozen=True)
+class Request:
+    """What an engine is asked to open.
+
+    folder: the bundle's. ends: "uint8" or "float32". device: "auto", "cpu" or "cuda:N". precision: one of PRECISIONS.
+    """
+
+    folder: Path
+    stage: Stage
+    ends: str
+    device: str
+    precision: str
+
+
+class Backend(Protocol):
+    """An opened engine for one graph.
+
+    name, device, precision, engine (its version) say what really runs; batch is how many windows pay off at once.
+    """
+
+    name: str
+    device: str
+    precision: str
+    engine: str
+    batch: int
+
+    def run(self, batch: np.ndarray) -> np.ndarray:
+        """(N, h, w, C) -> (N, h*scale, w*scale, C), same dtype; h and w on the stride grid; thread-safe.
+
+        Raises: OutOfMemory, or BackendError for any other failure.
+        """
+        ...
+
+    def close(self) -> None:
+        """Free the engine; later calls of run fail."""
+        ...
+
+
+def open_backend(name: str, request: Request) -> Backend:
+    """Open an engine by name, or the fastest that works here for "auto".
+
+    Raises: OptionError for an unknown name, precision or device; BackendUnavailable if it, or for "auto" every one,
+    cannot be used.
+    """
+    check_request(name, request)
+    if name != "auto":
+        return _open(name, request)
+    reasons = []
+    for candidate, device in AUTO_ORDER:
+        if request.device not in ("auto", device) and request.device.split(":")[0] != device.split(":")[0]:
+            continue
+        wanted = request if request.device != "auto" else _with_device(request, device)
+        try:
+            backend = _open(candidate, wanted)
+        except BackendUnavailable as exc:
+            reasons.append(f"{candidate} on {wanted.device}: {exc}")
+            LOG.debug("not used: %s", reasons[-1])
+            continue
+        LOG.info("backend: %s %s on %s, %s", backend.name, backend.engine, backend.device, backend.precision)
+        return backend
+    raise BackendUnavailable("no engine can run this here: " + "; ".join(reasons))
+
+
+def check_request(name: str, request: Request) -> None:
+    """Refuse options that no engine knows, before anything heavy is loaded."""
+    if name != "auto" and name not in MODULES:
+        raise OptionError(f"backend {name!r}: one of auto, {', '.join(MODULES)}")
+    if request.precision not in PRECISIONS:
+        raise OptionError(f"precision {request.precision!r}: one of {', '.join(PRECISIONS)}")
+    kind, colon, number = request.device.partition(":")
+    if not (request.device in ("auto", "cpu") or (kind == "cuda" and colon and number.isdecimal())):
+        raise OptionError(f"device {request.device!r}: one of auto, cpu, cuda:N")
+
+
+def _open(name: str, request: Request) -> Backend:
+    module = importlib.import_module(MODULES[name], __package__)
+    backend: Backend = module.open_backend(request)
+    return backend
+
+
+def _with_device(request: Request, device: str) -> Request:
+    return Request(request.folder, request.stage, request.ends, device, request.precision)

@@ -1,0 +1,124 @@
+"""OpenVINO on the CPU: static window shapes, bfloat16 where the processor has it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import threading
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import BackendError, BackendUnavailable, OutOfMemory
+from . import Request
+
+LOG = logging.getLogger(__name__)
+MIN_BF16_PSNR_DB = 45.0
+KEPT_SHAPES = 4  # compiled models held at a time, one for each window shape
+HINTS = {"fp32": "f32", "bf16": "bf16"}
+
+
+def cache_dir() -> Path:
+    """Give the folder for compiled models: SR_CACHE_DIR, else ~/.cache/sr-sdk."""
+    return Path(os.environ.get("SR_CACHE_DIR") or Path.home() / ".cache" / "sr-sdk")
+
+
+def open_backend(request: Request) -> OpenVinoBackend:
+    """Open a graph on the CPU.
+
+    precision "auto" is bf16 where the processor multiplies it and the bundle's parity table allows it; the float
+    graph always runs in fp32.
+    Raises: BackendUnavailable if OpenVINO, the device or the precision is not there.
+    """
+    try:
+        import openvino
+    except ImportError as exc:
+        raise BackendUnavailable("openvino is not installed: pip install 'sr-sdk[cpu]'") from exc
+    if request.device.startswith("cuda"):
+        raise BackendUnavailable("openvino has no CUDA device: use device='cpu'")
+    core = openvino.Core()
+    has_bf16 = "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    precision = request.precision
+    if precision == "auto":
+        trusted = any(
+            row.precision == "bf16" and row.psnr_db >= MIN_BF16_PSNR_DB for row in request.stage.parity
+        )
+        precision = "bf16" if has_bf16 and trusted and request.ends == "uint8" else "fp32"
+    if precision not in HINTS or (precision == "bf16" and not has_bf16):
+        raise BackendUnavailable(f"openvino does not run {precision} on this processor: use fp32")
+    graph = request.folder / request.stage.graph(precision="fp32", ends=request.ends).file.name
+    return OpenVinoBackend(openvino, core, graph, precision=precision)
+
+
+class OpenVinoBackend:
+    """Compiles the graph once for each batch shape; static shapes run faster than dynamic ones."""
+
+    name = "openvino"
+    device = "cpu"
+    batch = 1
+
+    def __init__(self, openvino: Any, core: Any, graph: Path, *, precision: str):
+        self.precision = precision
+        self.engine = f"openvino {openvino.__version__.split('-')[0]}"
+        self._openvino, self._core, self._graph = openvino, core, graph
+        self._config = {"INFERENCE_PRECISION_HINT": HINTS[precision], "PERFORMANCE_HINT": "LATENCY"}
+        self._shapes: OrderedDict[tuple[int, ...], _Requests] = OrderedDict()
+        self._lock = threading.Lock()
+        self._closed = False
+        folder = cache_dir() / "openvino"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._config["CACHE_DIR"] = str(folder)
+        except OSError as exc:
+            LOG.warning("compiled models are not kept: %s cannot be written (%s)", folder, exc)
+
+    def run(self, batch: np.ndarray) -> np.ndarray:
+        """See Backend.run."""
+        try:
+            return self._compiled(batch.shape).run(np.ascontiguousarray(batch))
+        except (RuntimeError, MemoryError) as exc:
+            text = " ".join(str(exc).split())
+            if isinstance(exc, MemoryError) or "bad_alloc" in text or "allocate" in text.lower():
+                raise OutOfMemory(f"openvino: a batch of shape {batch.shape}: out of memory") from exc
+            raise BackendError(f"openvino: a batch of shape {batch.shape} failed: {text}") from exc
+
+    def close(self) -> None:
+        """See Backend.close."""
+        with self._lock:
+            self._closed = True
+            self._shapes.clear()
+
+    def _compiled(self, shape: tuple[int, ...]) -> _Requests:
+        with self._lock:
+            if self._closed:
+                raise BackendError("this backend is closed")
+            if shape not in self._shapes:
+                model = self._core.read_model(self._graph)
+                model.reshape(list(shape))
+                self._shapes[shape] = _Requests(self._core.compile_model(model, "CPU", self._config))
+                if len(self._shapes) > KEPT_SHAPES:
+                    self._shapes.popitem(last=False)
+            self._shapes.move_to_end(shape)
+            return self._shapes[shape]
+
+
+class _Requests:
+    """A compiled model with a pool of infer requests, so that threads never share one."""
+
+    def __init__(self, compiled: Any):
+        self._compiled = compiled
+        self._idle: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+    def run(self, batch: np.ndarray) -> np.ndarray:
+        try:
+            request = self._idle.get_nowait()
+        except queue.Empty:
+            request = self._compiled.create_infer_request()
+        # share_inputs spares a copy; the output is copied, because the request's buffer is used again.
+        request.infer([batch], share_inputs=True)
+        output = np.array(request.get_output_tensor().data)
+        self._idle.put(request)
+        return output
