@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,9 @@ from sdk.errors import BackendUnavailable
 from train.checkpoint import load_checkpoint, stage_folder
 from train.errors import TrainError
 from train.feature_nets import RANDOM_WEIGHTS
-from train.loop import load_run
 from train.models import Network, build_model
 from train.recipe import Recipe, StageConfig
+from train.run_folder import load_run
 
 from . import verify
 from .errors import ExportError
@@ -147,9 +147,9 @@ def _export_stage(
     pictures = [picture for _, picture in verify.read_pictures(options.pictures, largest=1024)]
     halo = verify.measure_halo(backend.run, pictures, stride=stride, scale=scale)
     backend.close()
-    report(f"stage {config.name}: exact with {halo[-verify.EXACT_ROWS].context} px of context")
-    fields = vars(draft) | {"halo": halo, "parity": parity}
-    return Stage(**fields), facts
+    stage = replace(draft, halo=halo, parity=parity)
+    report(f"stage {config.name}: exact with {stage.context(error=1)} px of context")
+    return stage, facts
 
 
 def _check_parity(

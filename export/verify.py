@@ -23,7 +23,6 @@ LOG = logging.getLogger(__name__)
 PICTURES = Path(__file__).parent / "pictures"
 MAX_FP32_ERROR = 1  # code values against PyTorch
 MIN_PSNR_DB = {"fp16": 50.0, "bf16": 45.0}
-EXACT_ROWS = 3  # rows of at most 1 code value in a row that end the halo measurement
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,9 @@ def compare(result: np.ndarray, reference: np.ndarray) -> Difference:
     error = np.abs(result.astype(np.int16) - reference)
     mse = float(np.mean(error.astype(np.float64) ** 2))
     row, column, _ = np.unravel_index(int(error.argmax()), error.shape)
-    return Difference(float(10 * np.log10(255**2 / mse)) if mse else float("inf"), int(error.max()), (int(row), int(column)))
+    return Difference(
+        float(10 * np.log10(255**2 / mse)) if mse else float("inf"), int(error.max()), (int(row), int(column))
+    )
 
 
 def read_pictures(folder: Path | None, *, largest: int) -> list[tuple[str, np.ndarray]]:
@@ -113,15 +114,15 @@ def measure_halo(
     *,
     stride: int,
     scale: int,
-    positions: int = 12,
+    positions: int = 16,
     seed: int = 0,
 ) -> tuple[HaloRow, ...]:
-    """Measure, for rising context, the largest difference between a tile and the same place of the whole picture.
+    """Find the smallest context with which a tile differs from the whole picture by at most 1 code value.
 
     run: (1, h, w, 3) uint8 -> (1, h*scale, w*scale, 3) uint8. pictures: real ones; noise is added here.
-    Tiles of two strides are cut at `positions` random places on the grid of each picture, with `context` pixels on
-    every side. Ends after three contexts in a row with at most 1 code value.
-    Returns: rows of rising context; an error never rises with the context (a later, worse row replaces it).
+    For each context, tiles of two strides are cut at `positions` random places on the grid of each picture. The
+    context is doubled until it is enough, then halved in on; each one measured is a row of the result.
+    Returns: rows of rising context. The error never rises with it: a worse one further on replaces those before.
     Raises: ExportError if no context up to the pictures' size is enough.
     """
     rng = np.random.default_rng(seed)
@@ -130,30 +131,42 @@ def measure_halo(
     sources = [_square(picture, stride) for picture in pictures] + [noise]
     wholes = [run(source[None])[0] for source in sources]
     tile = 2 * stride
-    errors: list[int] = []
-    while not (len(errors) >= EXACT_ROWS and max(errors[-EXACT_ROWS:]) <= 1):
-        context = len(errors) * stride
-        span = tile + 2 * context
-        if span > largest:
-            raise ExportError(
-                f"tiles still differ by {errors[-1]} code values with a context of {context - stride} px; "
-                f"larger pictures than {largest} px are needed to measure the halo (--pictures)"
-            )
+    most = (largest - tile) // (2 * stride)  # in strides, as all contexts below
+
+    def measure(context: int) -> int:
+        halo = context * stride
+        span = tile + 2 * halo
         worst = 0
         for source, whole in zip(sources, wholes, strict=True):
             room = (source.shape[0] - span) // stride
             for _ in range(positions if room >= 0 else 0):
                 top, left = (int(value) * stride for value in rng.integers(0, room + 1, 2))
                 result = run(source[None, top : top + span, left : left + span])[0]
-                inner = slice(context * scale, (context + tile) * scale)
-                rows = slice((top + context) * scale, (top + context + tile) * scale)
-                columns = slice((left + context) * scale, (left + context + tile) * scale)
+                inner = slice(halo * scale, (halo + tile) * scale)
+                rows = slice((top + halo) * scale, (top + halo + tile) * scale)
+                columns = slice((left + halo) * scale, (left + halo + tile) * scale)
                 worst = max(worst, compare(result[inner, inner], whole[rows, columns]).max_error)
-        errors.append(worst)
-        LOG.info("halo %d px: largest difference %d", context, worst)
-    for index in reversed(range(len(errors) - 1)):
-        errors[index] = max(errors[index], errors[index + 1])
-    return tuple(HaloRow(index * stride, float(error)) for index, error in enumerate(errors))
+        LOG.info("halo %d px: largest difference %d", halo, worst)
+        return worst
+
+    errors = {0: measure(0)}
+    while errors[max(errors)] > 1:
+        context = max(errors)
+        if context == most:
+            raise ExportError(
+                f"tiles still differ by {errors[context]} code values with a context of {context * stride} px; "
+                f"larger pictures than {largest} px are needed to measure the halo (--pictures)"
+            )
+        errors[min(most, max(1, 2 * context))] = measure(min(most, max(1, 2 * context)))
+    enough = max(errors)
+    while enough and (short := max(context for context in errors if context < enough)) + 1 < enough:
+        middle = (short + enough) // 2
+        errors[middle] = measure(middle)
+        enough = middle if errors[middle] <= 1 else enough
+    contexts = sorted(errors)
+    return tuple(
+        HaloRow(context * stride, float(max(errors[c] for c in contexts if c >= context))) for context in contexts
+    )
 
 
 def _square(picture: np.ndarray, stride: int) -> np.ndarray:

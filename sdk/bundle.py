@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import types
+import math
+import os
 import typing
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 from .errors import BundleError, OptionError
+from .onnx_locations import check_locations
 
 FORMAT = "sr-sdk-bundle"
 VERSION = 1
@@ -82,6 +84,10 @@ class Stage:
     halo: tuple[HaloRow, ...]
     parity: tuple[Parity, ...]
 
+    def files(self) -> list[File]:
+        """List the weights file and the graphs' files."""
+        return [self.weights, *(graph.file for graph in self.graphs)]
+
     def graph(self, *, precision: str, ends: str) -> Graph:
         """Find a graph.
 
@@ -91,7 +97,9 @@ class Stage:
             if (graph.precision, graph.ends) == (precision, ends):
                 return graph
         have = ", ".join(f"{graph.precision}/{graph.ends}" for graph in self.graphs)
-        raise BundleError(f"stage {self.name} has no {precision} graph with {ends} ends (it has {have}); export it again")
+        raise BundleError(
+            f"stage {self.name} has no {precision} graph with {ends} ends (it has {have}); export it again"
+        )
 
     def context(self, *, error: float) -> int:
         """Give the smallest measured context whose error is at most `error` code values.
@@ -137,13 +145,18 @@ class Bundle:
     def load(cls, model: str | Path | None = None) -> Bundle:
         """Open a bundle by shipped name or folder; None is the default model.
 
-        Raises: BundleError if it is missing, malformed, of an unknown version, or any file's size or hash is wrong.
+        Raises: BundleError if it is missing, malformed, of an unknown version, any file's size or hash is wrong, or a
+        graph refers to a file that the manifest does not list.
         """
         folder = find_bundle(model)
         manifest = read_manifest(folder / MANIFEST)
+        listed = [file for stage in manifest.stages for file in stage.files()]
+        for file in listed:
+            _check_file(folder / file.name, file)
+        names = {file.name for file in listed}
         for stage in manifest.stages:
-            for file in (stage.weights, *(graph.file for graph in stage.graphs)):
-                _check_file(folder / file.name, file)
+            for graph in stage.graphs:
+                check_locations(folder / graph.file.name, names)
         return cls(folder, manifest)
 
     def stage(self, name: str = "auto") -> Stage:
@@ -175,7 +188,7 @@ def find_bundle(model: str | Path | None) -> Path:
     if isinstance(model, str) and model in shipped_models():
         return MODELS_DIR / model
     folder = Path(model)
-    if (folder / MANIFEST).is_file():
+    if os.path.isfile(folder / MANIFEST):  # unlike Path.is_file, False for names that the system refuses
         return folder
     raise BundleError(
         f"model {str(model)!r}: neither a folder with a {MANIFEST} nor a shipped model ({', '.join(shipped_models())})"
@@ -190,7 +203,7 @@ def read_manifest(path: Path) -> Manifest:
     try:
         if path.stat().st_size > MAX_MANIFEST_BYTES:
             raise BundleError(f"{path}: larger than {MAX_MANIFEST_BYTES} bytes")
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
     except (OSError, ValueError, RecursionError) as exc:
         raise BundleError(f"{path}: not readable as JSON ({exc})") from exc
     if not isinstance(values, dict) or values.get("format") != FORMAT:
@@ -213,7 +226,13 @@ def hash_file(path: Path) -> File:
     return File(path.name, path.stat().st_size, digest.hexdigest())
 
 
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
 def _check_file(path: Path, expected: File) -> None:
+    if not os.path.isfile(path):
+        raise BundleError(f"{path}: named in the manifest but not there; copy the bundle again")
     try:
         # The size first: a wrong file is refused before gigabytes are hashed.
         size = path.stat().st_size
@@ -249,9 +268,9 @@ def _check_manifest(manifest: Manifest, where: str) -> None:
             f"stage {stage.name}: halo contexts are not multiples of the stride {stage.stride}",
         )
         require(all(row.error >= 0 for row in stage.halo), f"stage {stage.name}: negative halo error")
-        for file in (stage.weights, *(graph.file for graph in stage.graphs)):
+        for file in stage.files():
             bare = file.name == Path(file.name).name and "\\" not in file.name and file.name not in ("", ".", "..")
-            require(bare and "\0" not in file.name, f"file name {file.name!r} is not a bare name inside the bundle")
+            require(bare and file.name.isprintable(), f"file name {file.name!r} is not a bare name inside the bundle")
         for graph in stage.graphs:
             require(graph.precision in ("fp32", "fp16"), f"{graph.file.name}: precision {graph.precision!r}")
             require(graph.ends in ("uint8", "float32"), f"{graph.file.name}: ends {graph.ends!r}")
@@ -259,7 +278,7 @@ def _check_manifest(manifest: Manifest, where: str) -> None:
 
 def _parse(kind: Any, value: Any, where: str) -> Any:
     """Build frozen dataclasses from JSON values; unknown, missing or mistyped fields are errors."""
-    if is_dataclass(kind):
+    if isinstance(kind, type) and is_dataclass(kind):
         if not isinstance(value, dict):
             raise BundleError(f"{where}: expected an object, got {type(value).__name__}")
         hints = typing.get_type_hints(kind)
@@ -274,10 +293,10 @@ def _parse(kind: Any, value: Any, where: str) -> Any:
             raise BundleError(f"{where}: expected a list, got {type(value).__name__}")
         item = typing.get_args(kind)[0]
         return tuple(_parse(item, entry, f"{where}[{index}]") for index, entry in enumerate(value))
-    if origin is dict or isinstance(kind, types.GenericAlias):
+    if origin is dict:
         kind = dict
-    if kind is float and type(value) is int:
+    if kind is float and type(value) is int and abs(value) < 1 << 53:
         value = float(value)
-    if type(value) is not kind or (kind is float and not value < float("inf")):
+    if type(value) is not kind or (kind is float and not math.isfinite(value)):
         raise BundleError(f"{where}: expected {kind.__name__}, got {value!r:.80}")
     return value

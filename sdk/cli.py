@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import glob
 import logging
+import os
 import sys
+from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import click
 import numpy as np
@@ -27,7 +29,9 @@ from .version import __version__
 @click.option("--stage", default="auto", show_default=True, help="Resolution stage of the model.")
 @click.option("--seams", type=click.Choice(list(SEAMS)), default="exact", show_default=True)
 @click.option("--tile", type=click.IntRange(min=1), help="Side of a tile in pixels of the input.")
-@click.option("--format", "suffix", type=click.Choice(sorted({s[1:] for s in files.FORMATS})), help="Write this format.")
+@click.option(
+    "--format", "suffix", type=click.Choice(sorted({s[1:] for s in files.FORMATS})), help="Write this format."
+)
 @click.option("--quality", type=click.IntRange(1, 100), default=95, show_default=True, help="Of JPEG and WebP.")
 @click.option("--compare", "compare_panel", is_flag=True, help="Also write NAME.compare.png: nearest, bilinear, ours.")
 @click.option("--overwrite", is_flag=True, help="Replace files that exist.")
@@ -51,63 +55,93 @@ def main(
 ) -> None:
     """Enlarge pictures: files, folders (all pictures in them) or globs."""
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(message)s")
+    logging.captureWarnings(True)
     try:
-        jobs = plan_jobs(inputs, output, suffix=suffix)
+        jobs, folder = plan_jobs(inputs, output, suffix=suffix, panels=compare_panel)
         upscaler = Upscaler(model, backend=backend, device=device, precision=precision, stage=stage, seams=seams)
+        if folder:
+            _make_folder(folder)
     except SRError as exc:
         raise click.ClickException(str(exc)) from exc
     if verbose:
         click.echo(", ".join(f"{key} {value}" for key, value in upscaler.info.items()), err=True)
 
-    def decode(job: tuple[Path, Path]) -> Any:
-        source, target = job
-        if target.exists():  # refused before the work; everything else is told by the picture or by the writing
+    def decode(job: Job) -> tuple[np.ndarray, files.Metadata]:
+        # All that can be refused is refused before the work; what is no picture is told first.
+        for target in filter(os.path.lexists, job.targets):
             files.check_output(target, overwrite=overwrite)
-        return files.read(source)
+        image, metadata = files.read(job.source)
+        files.check_output(job.target, overwrite=overwrite)
+        files.check_format(job.target, image, scale=upscaler.scale)
+        return image, metadata
 
-    def compute(decoded: tuple[np.ndarray, files.Metadata]) -> Any:
+    def compute(decoded: tuple[np.ndarray, files.Metadata]) -> tuple[np.ndarray, np.ndarray, files.Metadata]:
         image, metadata = decoded
         return image, upscaler.upscale(image, tile), metadata
 
-    def encode(job: tuple[Path, Path], result: tuple[np.ndarray, np.ndarray, files.Metadata]) -> None:
+    def encode(job: Job, result: tuple[np.ndarray, np.ndarray, files.Metadata]) -> None:
         image, enlarged, metadata = result
-        files.write(job[1], enlarged, metadata, quality=quality, overwrite=overwrite)
-        if compare_panel:
-            panel = job[1].with_name(f"{job[1].stem}.compare.png")
-            files.write(panel, compare.panel(image, enlarged), files.Metadata(), quality=quality, overwrite=overwrite)
+        files.write(job.target, enlarged, metadata, quality=quality, overwrite=overwrite)
+        if job.panel:
+            panel = compare.panel(image, enlarged)
+            files.write(job.panel, panel, files.Metadata(), quality=quality, overwrite=overwrite)
 
-    failures: list[tuple[Path, SRError]] = []
-    results = pipeline.overlap(jobs, decode=decode, compute=compute, encode=encode)
-    with upscaler, click.progressbar(results, length=len(jobs), label="enlarging", file=sys.stderr) as bar:
-        for (source, _), result in bar:
-            if isinstance(result, SRError):
-                failures.append((source, result))
-    for _, error in failures:
+    failures: list[SRError] = []
+    with (
+        upscaler,
+        closing(pipeline.overlap(jobs, decode=decode, compute=compute, encode=encode)) as results,
+        click.progressbar(results, length=len(jobs), label="enlarging", file=sys.stderr) as bar,
+    ):
+        failures.extend(result for _, result in bar if isinstance(result, SRError))
+    for error in failures:
         click.echo(f"failed: {error}", err=True)
     if failures:
         raise click.ClickException(f"{len(failures)} of {len(jobs)} pictures failed")
 
 
-def plan_jobs(inputs: tuple[str, ...], output: str, *, suffix: str | None) -> list[tuple[Path, Path]]:
-    """Pair every input picture with its output file, making the output folder if one is needed.
+@dataclass(frozen=True)
+class Job:
+    """One picture to enlarge: from `source` to `target`, and a comparison to `panel`."""
 
-    Raises: OutputError if an input matches nothing, or two inputs would become one file.
+    source: Path
+    target: Path
+    panel: Path | None = None
+
+    @property
+    def targets(self) -> list[Path]:
+        """List the files that will be written."""
+        return [self.target, self.panel] if self.panel else [self.target]
+
+
+def plan_jobs(
+    inputs: tuple[str, ...], output: str, *, suffix: str | None = None, panels: bool = False
+) -> tuple[list[Job], Path | None]:
+    """Pair every input picture with its output files, and give the output folder if one is needed.
+
+    Raises: OutputError if an input matches nothing, or two results would become one file.
     """
     sources, several = _expand(inputs)
-    target = Path(output)
-    if not several and not target.is_dir() and not output.endswith("/"):
-        return [(sources[0], target.with_suffix(f".{suffix}") if suffix else target)]
-    try:
-        target.mkdir(parents=True, exist_ok=True)
-    except OSError as exc:
-        raise OutputError(f"{target}: several pictures need a folder, and it cannot be made ({exc.strerror})") from exc
-    jobs = [(source, target / (f"{source.stem}.{suffix}" if suffix else source.name)) for source in sources]
+    folder = Path(output) if several or os.path.isdir(output) or output.endswith("/") else None
+    jobs = []
+    for source in sources:
+        target = folder / source.name if folder else Path(output)
+        if suffix:
+            target = target.with_suffix(f".{suffix}")
+        jobs.append(Job(source, target, target.with_name(f"{target.stem}.compare.png") if panels else None))
     taken: dict[Path, Path] = {}
-    for source, destination in jobs:
-        if destination in taken:
-            raise OutputError(f"{taken[destination]} and {source} would both become {destination}")
-        taken[destination] = source
-    return jobs
+    for job in jobs:
+        for target in job.targets:
+            if target in taken:
+                raise OutputError(f"{taken[target]} and {job.source} would both become {target}")
+            taken[target] = job.source
+    return jobs, folder
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as exc:
+        raise OutputError(f"{folder}: a folder is needed, and it cannot be made ({exc.strerror})") from exc
 
 
 def _expand(inputs: tuple[str, ...]) -> tuple[list[Path], bool]:
@@ -116,13 +150,13 @@ def _expand(inputs: tuple[str, ...]) -> tuple[list[Path], bool]:
     several = len(inputs) > 1
     for text in inputs:
         path = Path(text)
-        if path.is_dir():
-            found = sorted(p for p in path.iterdir() if p.suffix.lower() in files.FORMATS)
+        if os.path.isdir(path):
+            found = sorted(p for p in path.iterdir() if p.suffix.lower() in files.FORMATS and p.is_file())
             several = True
-        elif path.exists():
+        elif os.path.exists(path):
             found = [path]
         else:
-            found = sorted(Path(match) for match in glob.glob(text, recursive=True))
+            found = sorted(Path(match) for match in glob.glob(text, recursive=True) if os.path.isfile(match))
             several = several or glob.has_magic(text)
         if not found:
             raise OutputError(f"{text}: no such file, or no pictures in it")

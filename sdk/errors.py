@@ -1,13 +1,13 @@
 """Every error that the SDK raises on purpose.
 
-    SRError
-      ImageError          not a picture, or one whose dtype, shape or values are not supported
-      BundleError         a model folder that is missing, corrupt or of an unknown version
-      OptionError         an argument out of range; also a ValueError
-      BackendError        an engine failed while running
-        BackendUnavailable  an engine that is not installed, or a device that is not there
-        OutOfMemory         the engine ran out of memory
-      OutputError         a result that cannot be written, or would overwrite a file unasked
+SRError
+  ImageError          not a picture, or one whose dtype, shape or values are not supported
+  BundleError         a model folder that is missing, corrupt or of an unknown version
+  OptionError         an argument out of range; also a ValueError
+  BackendError        an engine failed while running
+    BackendUnavailable  an engine that is not installed, or a device that is not there
+    OutOfMemory         the engine ran out of memory
+  OutputError         a result that cannot be written, or would overwrite a file unasked
 """
 
 

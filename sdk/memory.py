@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
 SHARE = 4  # of the free memory, one part
 MIN_BYTES, MAX_BYTES = 256 << 20, 4 << 30
+MEMINFO = Path("/proc/meminfo")
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 CGROUP_USED = Path("/sys/fs/cgroup/memory.current")
 
@@ -19,19 +21,17 @@ def budget_bytes() -> int:
 def free_bytes() -> int:
     """Read the free memory of the machine, or of the container's limit if that is less."""
     free = _machine_free()
-    try:
+    with contextlib.suppress(OSError, ValueError):  # no cgroup, or "max": no limit
         free = min(free, int(CGROUP_LIMIT.read_text()) - int(CGROUP_USED.read_text()))
-    except (OSError, ValueError):  # no cgroup, or "max": no limit
-        pass
     return max(0, free)
 
 
 def _machine_free() -> int:
     try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
+        for line in MEMINFO.read_text().splitlines():
             if line.startswith("MemAvailable:"):
                 return int(line.split()[1]) * 1024
-    except OSError:
+    except (OSError, ValueError, IndexError):  # no /proc, or one that does not look like Linux's
         pass
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2

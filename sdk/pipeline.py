@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -18,7 +18,7 @@ def overlap(
     decode: Callable[[Any], Any],
     compute: Callable[[Any], Any],
     encode: Callable[[Any, Any], Any] = lambda item, result: result,
-) -> Iterator[tuple[Any, Any]]:
+) -> Generator[tuple[Any, Any], None, None]:
     """Yield (item, encode(item, compute(decode(item)))) in order; an SRError of any step is yielded as the result.
 
     decode and encode run in a thread each, compute in the thread that iterates. Other exceptions, and those of
@@ -49,7 +49,7 @@ def overlap(
                 decoded = future.result()
                 result = decoded if isinstance(decoded, SRError) else _catch(compute, decoded)
                 encoding.append((item, encoder.submit(_encode, encode, item, result)))
-                if len(encoding) > AHEAD:
+                while encoding and (len(encoding) > AHEAD or encoding[0][1].done()):
                     yield finished()
             while encoding:
                 yield finished()

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from .errors import ImageError
 
+MAX_OVERSHOOT = 0.5  # of float pictures beyond 0 and 1, as resampling leaves it: clipped; more is another range
 DTYPES = (np.dtype(np.uint8), np.dtype(np.uint16), np.dtype(np.float32))
 
 
 def check_array(image: np.ndarray) -> None:
-    """Accept (H, W), (H, W, 1..4) arrays of uint8, uint16 or float32 with at least one pixel.
+    """Accept (H, W), (H, W, 1..4) arrays of uint8, uint16 or float32 in [0, 1] with at least one pixel.
 
     Raises: ImageError that says what was received and what is expected.
     """
@@ -25,19 +27,24 @@ def check_array(image: np.ndarray) -> None:
         raise ImageError(f"shape {image.shape} is not supported: (H, W) or (H, W, C) with 1 to 4 channels")
     if 0 in image.shape:
         raise ImageError(f"a picture of shape {image.shape} has no pixels")
-    if image.dtype == np.float32 and not np.isfinite(image).all():
-        raise ImageError("the picture holds NaN or infinite values; clean it before enlarging")
+    if image.dtype == np.float32:
+        low, high = float(image.min()), float(image.max())
+        if not (np.isfinite(low) and np.isfinite(high)):
+            raise ImageError("the picture holds NaN or infinite values; clean it before enlarging")
+        if low < -MAX_OVERSHOOT or high > 1 + MAX_OVERSHOOT:
+            raise ImageError(f"float32 pictures are 0 to 1, this one is {low:g} to {high:g}; scale it first")
 
 
 @dataclass(frozen=True)
 class Planes:
     """A picture as the network takes it.
 
-    colour: (H, W, 3), alpha: (H, W, 3) with equal channels or None; uint8, or float32 in [0, 1].
+    colour: (H, W, 3). alpha: (H, W, 3) with equal channels, one number where it is the same everywhere (nothing to
+    enlarge), or None. uint8, or float32 in [0, 1].
     """
 
     colour: np.ndarray
-    alpha: np.ndarray | None
+    alpha: np.ndarray | np.generic | None
 
 
 def split(image: np.ndarray) -> Planes:
@@ -53,13 +60,11 @@ def split(image: np.ndarray) -> Planes:
         image = np.clip(image, 0, 1)
     channels = image.shape[2]
     colour = image[:, :, : 3 if channels >= 3 else 1]
-    alpha = image[:, :, -1:] if channels in (2, 4) else None
-    if alpha is not None:
-        if alpha.min() == alpha.max() == (255 if image.dtype == np.uint8 else 1):
-            # Opaque everywhere: nothing to enlarge, join() fills it in.
-            alpha = np.broadcast_to(alpha, (*alpha.shape[:2], 1))
-        colour = _bleed(colour, alpha[:, :, 0] > 0)
-        alpha = np.repeat(alpha, 3, axis=2)
+    alpha: np.ndarray | np.generic | None = None
+    if channels in (2, 4):
+        plane = image[:, :, -1]
+        colour = _bleed(colour, plane > 0)
+        alpha = plane[0, 0] if plane.min() == plane.max() else np.repeat(plane[:, :, None], 3, axis=2)
     if colour.shape[2] == 1:
         colour = np.repeat(colour, 3, axis=2)
     return Planes(np.ascontiguousarray(colour), alpha)
@@ -76,8 +81,8 @@ def join(planes: Planes, *, channels: int | None, dtype: np.dtype) -> np.ndarray
         grey = colour.mean(axis=2, keepdims=True, dtype=np.float32)
         colour = np.rint(grey).astype(np.uint8) if colour.dtype == np.uint8 else grey
     if planes.alpha is not None:
-        alpha = planes.alpha.mean(axis=2, keepdims=True, dtype=np.float32)
-        alpha = np.rint(alpha).astype(np.uint8) if planes.alpha.dtype == np.uint8 else alpha
+        alpha = np.broadcast_to(planes.alpha, (*colour.shape[:2], 3)).mean(axis=2, keepdims=True, dtype=np.float32)
+        alpha = np.rint(alpha).astype(np.uint8) if colour.dtype == np.uint8 else alpha
         colour = np.concatenate((colour, alpha), axis=2)
     if dtype == np.uint16:
         colour = np.rint(np.clip(colour, 0, 1) * np.float32(65535)).astype(np.uint16)
@@ -111,9 +116,13 @@ def _fill(weighted: np.ndarray, weight: np.ndarray) -> np.ndarray:
 def from_pil(image: Image.Image) -> np.ndarray:
     """Turn a PIL picture into an array that `check_array` accepts.
 
-    Modes L, LA, RGB, RGBA, I;16 stay; palettes become RGB or RGBA; 1 becomes L; CMYK, YCbCr, LAB and HSV become RGB.
-    Raises: ImageError for other modes.
+    Modes L, LA, RGB, RGBA, I;16 and F stay; palettes become RGB or RGBA; 1 becomes L; CMYK, YCbCr, LAB and HSV become
+    RGB. Raises: ImageError for other modes, or if the file behind the picture is damaged.
     """
+    try:
+        image.load()
+    except OSError as exc:
+        raise ImageError(f"the picture cannot be read ({exc.strerror or exc})") from exc
     mode = image.mode
     if mode in ("L", "LA", "RGB", "RGBA"):
         if mode in ("L", "RGB") and "transparency" in image.info:
@@ -134,9 +143,25 @@ def from_pil(image: Image.Image) -> np.ndarray:
 
 
 def to_pil(image: np.ndarray) -> Image.Image:
-    """Turn a result into a PIL picture: uint8 with 1 to 4 channels, uint16 or float32 grey."""
+    """Turn a result into a PIL picture: uint8 with 1 to 4 channels, uint16 or float32 grey.
+
+    Raises: ImageError for colour in uint16 or float32.
+    """
     if image.ndim == 3 and image.shape[2] == 1:
         image = image[:, :, 0]
     if image.ndim == 3 and image.dtype != np.uint8:
         raise ImageError(f"PIL has no mode for {image.shape[2]} channels of {image.dtype}")
     return Image.fromarray(image)
+
+
+def kept_info(image: Image.Image, mode: str) -> dict[str, Any]:
+    """Pick the metadata of a PIL picture that still hold for its enlargement, of a PIL mode: ICC profile and EXIF."""
+    kept = {key: image.info[key] for key in ("icc_profile", "exif") if image.info.get(key)}
+    if "icc_profile" in kept and not fits_profile(kept["icc_profile"], mode):
+        del kept["icc_profile"]
+    return kept
+
+
+def fits_profile(profile: bytes, mode: str) -> bool:
+    """Tell whether an ICC profile describes pictures of a PIL mode; its header names the colour space."""
+    return profile[16:20] == (b"RGB " if mode.startswith("RGB") else b"GRAY")

@@ -152,7 +152,8 @@ def place(canvas: np.ndarray, outputs: np.ndarray, windows: Sequence[tuple[Span,
             vertical = _ramp(target.shape[0], rows.fade * scale)
             weight = (vertical[:, None] * _ramp(target.shape[1], columns.fade * scale))[:, :, None]
             # A fresh canvas may hold anything, NaN included, where a window is the first to write.
-            mixed = np.where(weight < 1, kept * weight + target * (1 - weight), kept)
+            with np.errstate(invalid="ignore"):
+                mixed = np.where(weight < 1, kept * weight + target * (1 - weight), kept)
             kept = np.rint(mixed).astype(target.dtype) if target.dtype == np.uint8 else mixed
         target[:] = kept
 

@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,7 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 from PIL import Image
 
-from . import files, memory, pixels, pipeline, tiling
+from . import files, memory, pipeline, pixels, tiling
 from .backends import Backend, Request, open_backend
 from .bundle import Bundle
 from .errors import BackendError, OptionError, OutOfMemory, SRError
@@ -62,7 +63,7 @@ class Upscaler:
     ):
         if seams not in SEAMS:
             raise OptionError(f"seams {seams!r}: one of {', '.join(SEAMS)}")
-        if batch != "auto" and (not isinstance(batch, int) or batch < 1):
+        if batch != "auto" and not _is_count(batch):
             raise OptionError(f"batch {batch!r}: 'auto' or a number from 1")
         self._bundle = Bundle.load(model)
         self._stage = self._bundle.stage(stage)
@@ -75,9 +76,8 @@ class Upscaler:
         self._backends: dict[str, Backend] = {"uint8": open_backend(backend, request)}
         self._batch = self._backends["uint8"].batch if batch == "auto" else int(batch)
         # Read once: the same picture is cut the same way, whatever else runs later.
-        self._window_pixels = max(
-            (2 * self._halo + 2 * self._stage.stride) ** 2, memory.budget_bytes() // self._stage.activation_bytes
-        )
+        budget = memory.budget_bytes() // (self._stage.activation_bytes * self._batch)
+        self._window_pixels = max((2 * self._halo + 2 * self._stage.stride) ** 2, budget)
 
     @property
     def scale(self) -> int:
@@ -114,25 +114,32 @@ class Upscaler:
 
         image: (H, W), (H, W, 1..4) uint8, uint16 or float32 in [0, 1], RGB order; or a PIL picture. Not modified.
         tile: side of a tile in LR pixels, without its halo; None runs in one piece where that fits in memory.
-        Returns: the same type, dtype and channels, a new array or picture of (H*scale, W*scale).
-        Raises: ImageError for anything else; BackendError if the engine fails.
+        Returns: the same type, dtype and channels, a new array or picture of (H*scale, W*scale). PIL palettes, CMYK and
+        the like become RGB or RGBA; ICC profile and EXIF stay in `info`, and an orientation in it is not applied.
+        Raises: ImageError for anything else; OptionError for another tile; OutOfMemory or another BackendError if the
+        engine fails.
         uint8 runs as it is; uint16 and float32 run in fp32, whatever the precision of the 8-bit path.
         Thread-safe; blocks until done.
         """
-        if tile is not None and (not isinstance(tile, int) or tile < 1):
+        if tile is not None and not _is_count(tile):
             raise OptionError(f"tile {tile!r}: a number of pixels from 1, or None")
         if isinstance(image, Image.Image):
-            return pixels.to_pil(self.upscale(pixels.from_pil(image), tile))
+            picture = pixels.to_pil(self.upscale(pixels.from_pil(image), tile))
+            picture.info.update(pixels.kept_info(image, picture.mode))
+            return picture
         pixels.check_array(image)
         started = time.perf_counter()
-        planes = pixels.split(image)
-        colour, tiles = self._enlarge(planes.colour, tile)
-        alpha = None
-        if planes.alpha is not None:
-            alpha, alpha_tiles = self._enlarge(planes.alpha, tile)
-            tiles += alpha_tiles
-        channels = image.shape[2] if image.ndim == 3 else None
-        result = pixels.join(pixels.Planes(colour, alpha), channels=channels, dtype=image.dtype)
+        try:
+            planes = pixels.split(image)
+            colour, tiles = self._enlarge(planes.colour, tile)
+            alpha = planes.alpha
+            if isinstance(alpha, np.ndarray):
+                alpha, alpha_tiles = self._enlarge(alpha, tile)
+                tiles += alpha_tiles
+            channels = image.shape[2] if image.ndim == 3 else None
+            result = pixels.join(pixels.Planes(colour, alpha), channels=channels, dtype=image.dtype)
+        except MemoryError as exc:
+            raise OutOfMemory(f"the enlargement of a picture of shape {image.shape} does not fit into memory") from exc
         self._count(pictures=1, tiles=tiles, pixels=image.shape[0] * image.shape[1], started=started)
         return result
 
@@ -140,10 +147,13 @@ class Upscaler:
         """Enlarge a file; ICC profile and EXIF are kept, orientation is applied.
 
         quality: of JPEG and WebP, 1 to 100. Existing files are replaced only if `overwrite`.
-        Raises: ImageError for an unreadable source, OutputError for an unwritable destination; no partial file stays.
+        Raises: ImageError for an unreadable source, OutputError for an unwritable destination, OptionError for another
+        quality, BackendError if the engine fails; no partial file stays.
         """
+        files.check_quality(quality)
         files.check_output(Path(dst), overwrite=overwrite)
         image, metadata = files.read(Path(src))
+        files.check_format(Path(dst), image, scale=self.scale)
         files.write(Path(dst), self.upscale(image), metadata, quality=quality, overwrite=overwrite)
 
     def upscale_many(
@@ -158,12 +168,18 @@ class Upscaler:
         def decode(item: Any) -> Any:
             return files.read(Path(item))[0] if isinstance(item, (str, Path)) else item
 
-        for _, result in pipeline.overlap(images, decode=decode, compute=self.upscale):
-            yield result
+        with closing(pipeline.overlap(images, decode=decode, compute=self.upscale)) as results:
+            for _, result in results:
+                yield result
 
     def warmup(self, size: tuple[int, int] | None = None) -> None:
-        """Run once ahead of time, so that the first picture of that (height, width) meets a ready engine."""
+        """Run once ahead of time, so that the first picture of that (height, width) meets a ready engine.
+
+        Raises: OptionError unless both are at least 1; BackendError if the engine fails.
+        """
         height, width = size or (self._stage.stride, self._stage.stride)
+        if not (_is_count(height) and _is_count(width)):
+            raise OptionError(f"warmup size {size!r}: (height, width), both from 1")
         self._enlarge(np.zeros((height, width, 3), np.uint8), None)
 
     def close(self) -> None:
@@ -245,3 +261,7 @@ class Upscaler:
                 pixels=self._stats.pixels + pixels,
                 seconds=self._stats.seconds + time.perf_counter() - started,
             )
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1

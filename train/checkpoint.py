@@ -34,11 +34,12 @@ class Checkpoint:
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     """Write beside the target, then rename, so that a killed process leaves the old checkpoint or the new one.
 
-    Raises: ResourceError if the disk is full or cannot be written.
+    Raises: ResourceError if the disk is full or cannot be written; an older checkpoint of that name then remains.
     """
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    temporary, replaced = folder.with_name(f".{folder.name}.tmp"), _replaced(folder)
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if temporary.is_dir():
+            shutil.rmtree(temporary)  # what a killed process left
         temporary.mkdir(parents=True)
         save_file({key: value.contiguous() for key, value in checkpoint.tensors.items()}, temporary / TENSORS)
         (temporary / FACTS).write_text(json.dumps(checkpoint.facts, indent=2) + "\n", encoding="utf-8")
@@ -46,11 +47,19 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
             with open(temporary / name, "rb") as file:
                 os.fsync(file.fileno())
         if folder.exists():
-            shutil.rmtree(folder)
+            shutil.rmtree(replaced, ignore_errors=True)
+            folder.rename(replaced)
         temporary.rename(folder)
+        shutil.rmtree(replaced, ignore_errors=True)
     except (OSError, SafetensorError) as exc:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise ResourceError(f"{folder}: the checkpoint could not be written ({exc}); free space or choose --out") from exc
+        raise ResourceError(
+            f"{folder}: the checkpoint could not be written ({exc}); free space or choose --out"
+        ) from exc
+
+
+def _replaced(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.old")
 
 
 def load_checkpoint(folder: Path) -> Checkpoint:
@@ -58,6 +67,8 @@ def load_checkpoint(folder: Path) -> Checkpoint:
 
     Raises: CheckpointError if it is missing, truncated or not of this format.
     """
+    if not folder.exists() and _replaced(folder).exists():
+        folder = _replaced(folder)  # killed between the two renames of save_checkpoint
     try:
         facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
         tensors = load_file(folder / TENSORS)
@@ -75,11 +86,18 @@ def latest_checkpoint(run: Path) -> Path | None:
 
 
 def keep_latest(run: Path, count: int) -> None:
-    """Delete all but the newest `count` resumable checkpoints."""
-    for folder in sorted((run / "checkpoints").glob("step-*"))[:-count]:
-        shutil.rmtree(folder)
+    """Delete all but the newest `count` resumable checkpoints, and what killed processes left half-written.
+
+    Raises: ResourceError if they cannot be deleted.
+    """
+    folders = run / "checkpoints"
+    try:
+        for folder in (*sorted(folders.glob("step-*"))[:-count], *folders.glob(".step-*")):
+            shutil.rmtree(folder)
+    except OSError as exc:
+        raise ResourceError(f"{folders}: an old checkpoint could not be deleted ({exc})") from exc
 
 
 def stage_folder(run: Path, stage: str) -> Path:
-    """Give the place of a finished stage's weights: what `sr-export` reads."""
+    """Give the place of a stage's weights, what `sr-export` reads; its facts say whether it is "complete"."""
     return run / "stages" / stage

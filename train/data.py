@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import signal
+import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from .degrade import degrade
-from .errors import DataError
+from .errors import DataError, ResourceError
 from .recipe import DegradeConfig, StageConfig
 
 LOG = logging.getLogger(__name__)
@@ -36,7 +39,8 @@ class Photographs:
 
     def fingerprint(self) -> str:
         """Hash the names and sizes: tells whether a resumed run sees the same data."""
-        text = "\n".join(f"{path.name} {picture.shape}" for path, picture in zip(self.paths, self.pictures))
+        pairs = zip(self.paths, self.pictures, strict=True)
+        text = "\n".join(f"{path.name} {picture.shape}" for path, picture in pairs)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -47,7 +51,7 @@ def find_pictures(folder: Path) -> list[Path]:
     """
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; give a folder of photographs")
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
     if not paths:
         raise DataError(f"{folder}: no pictures found ({', '.join(sorted(SUFFIXES))})")
     return paths
@@ -58,7 +62,8 @@ def read_photographs(
 ) -> Photographs:
     """Decode every picture of a folder into memory and leave out what is too small.
 
-    Raises: DataError that lists every unreadable file, so that none of them ends a run hours later.
+    Raises: DataError that lists every unreadable file, so that none of them ends a run hours later;
+    ResourceError if the pictures do not fit into memory.
     """
     paths = find_pictures(folder)
     kept: list[Path] = []
@@ -66,33 +71,46 @@ def read_photographs(
     unreadable: list[str] = []
     for index, path in enumerate(paths):
         try:
-            with Image.open(path) as image:
-                picture = np.array(ImageOps.exif_transpose(image).convert("RGB"))
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as exc:
-            unreadable.append(f"{path.name} ({exc})")
-            continue
-        finally:
-            progress(index + 1, len(paths))
-        if min(picture.shape[:2]) < smallest_side:
-            LOG.warning("%s: left out, %s is smaller than %d", path.name, picture.shape[:2], smallest_side)
-            continue
-        kept.append(path)
-        pictures.append(picture)
+            picture = _read_picture(path)
+        except MemoryError as exc:
+            raise ResourceError(f"{folder}: memory ended at picture {index + 1} of {len(paths)}; use fewer") from exc
+        except UnidentifiedImageError:
+            unreadable.append(f"{path.relative_to(folder)} (not a picture)")
+        except Exception as exc:  # decoders raise nearly anything on broken files
+            unreadable.append(f"{path.relative_to(folder)} ({exc})")
+        else:
+            if min(picture.shape[:2]) < smallest_side:
+                LOG.warning("%s: left out, %s is smaller than %d", path.name, picture.shape[:2], smallest_side)
+            else:
+                kept.append(path)
+                pictures.append(picture)
+        progress(index + 1, len(paths))
     if unreadable:
         raise DataError(f"{folder}: {len(unreadable)} unreadable pictures, remove them: {'; '.join(unreadable)}")
     if not pictures:
-        raise DataError(f"{folder}: every picture is smaller than {smallest_side} pixels")
+        raise DataError(f"{folder}: every picture is smaller than {smallest_side} pixels, the largest training size")
     return Photographs(tuple(kept), tuple(pictures))
 
 
+def _read_picture(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        if image.mode == "F" or image.mode.startswith("I"):
+            raise ValueError(f"{image.mode} pixels, only 8-bit pictures are read")
+        return np.array(ImageOps.exif_transpose(image).convert("RGB"))
+
+
 def split_validation(photographs: Photographs, count: int) -> tuple[Photographs, Photographs]:
-    """Set `count` pictures aside, chosen by a hash of their pixels: the choice does not depend on names or order.
+    """Set up to `count` pictures aside, chosen by a hash of their pixels: it does not depend on names or order.
 
     At most a fifth of the pictures is taken. Pictures with equal pixels fall on the same side.
     """
-    count = min(count, len(photographs) // 5)
+    room = min(count, len(photographs) // 5)
     digests = [hashlib.sha256(picture.tobytes()).hexdigest() for picture in photographs.pictures]
-    held_out = set(sorted(set(digests))[:count])
+    held_out = set()
+    for digest, copies in sorted(Counter(digests).items()):
+        if copies <= room:
+            held_out.add(digest)
+            room -= copies
     train = [index for index, digest in enumerate(digests) if digest not in held_out]
     validation = [index for index, digest in enumerate(digests) if digest in held_out]
     return _take(photographs, train), _take(photographs, validation)
@@ -168,13 +186,34 @@ def random_pair(
     return np.ascontiguousarray(np.rot90(lr, turns)), np.ascontiguousarray(np.rot90(hr, turns))
 
 
+class Steps(Sampler[list[int]]):
+    """The sample indices of the steps `first` to `last` - 1; a step's batch depends on its number alone."""
+
+    def __init__(self, first: int, last: int, *, batch: int):
+        self.first, self.last, self.batch = first, last, batch
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for step in range(self.first, self.last):
+            yield list(range(step * self.batch, (step + 1) * self.batch))
+
+
+def _leave_signals_to_the_parent(worker: int) -> None:
+    """Outlive a signal sent to the whole process group: the parent still saves, and ends its workers then."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def batches(
     dataset: CropPairs, *, batch: int, first_step: int, last_step: int, workers: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield the batches of steps first_step to last_step - 1: (N, 3, h, w) LR and (N, 3, H, W) HR."""
-    steps = [range(step * batch, (step + 1) * batch) for step in range(first_step, last_step)]
+    # fork shares the decoded pictures with the workers; the start methods that pickle would copy them.
     loader: DataLoader[tuple[Tensor, Tensor]] = DataLoader(
-        dataset, batch_sampler=steps, num_workers=workers, prefetch_factor=4 if workers else None
+        dataset,
+        batch_sampler=Steps(first_step, last_step, batch=batch),
+        num_workers=workers,
+        prefetch_factor=4 if workers else None,
+        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
+        worker_init_fn=_leave_signals_to_the_parent,
     )
-    for lr, hr in loader:
-        yield lr, hr
+    yield from loader

@@ -1,12 +1,12 @@
 """Errors of training; the command prints their message and nothing else.
 
-    TrainError
-      RecipeError      an unknown recipe, key or value
-      DataError        no usable photographs
-      WeightsError     pretrained weights that are missing or do not fit
-      CheckpointError  a run or checkpoint that cannot be read or continued
-      DivergedError    the loss stopped being finite
-      ResourceError    out of memory, or a disk that cannot be written
+TrainError
+  RecipeError      an unknown recipe, key or value
+  DataError        no usable photographs
+  WeightsError     pretrained weights that are missing or do not fit
+  CheckpointError  a run or checkpoint that cannot be read or continued
+  DivergedError    the loss stopped being finite
+  ResourceError    out of memory, or a disk that cannot be written
 """
 
 

@@ -6,9 +6,11 @@ import logging
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -18,6 +20,9 @@ LOG = logging.getLogger(__name__)
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 RANDOM_WEIGHTS = "random"
+BOTH_WAYS = "give a folder that holds them with --weights DIR or SR_WEIGHTS_DIR, or start without: --weights random"
+# A download is checked against its hash and never unpickled beyond tensors.
+SAFE_DOWNLOAD = {"progress": True, "check_hash": True, "weights_only": True}
 
 
 class Normalise(nn.Module):
@@ -41,22 +46,27 @@ def find_weights(source: str | None) -> Path | str | None:
     source: the --weights argument; None falls back to the environment variable SR_WEIGHTS_DIR.
     Raises: WeightsError if the folder does not exist.
     """
+    origin = f"--weights {source}" if source else f"SR_WEIGHTS_DIR={os.environ.get('SR_WEIGHTS_DIR')}"
     source = source or os.environ.get("SR_WEIGHTS_DIR") or None
     if source is None or source == RANDOM_WEIGHTS:
         return source
     folder = Path(source)
     if not folder.is_dir():
-        raise WeightsError(f"--weights {source}: no such folder; give one, or 'random' to start without pretraining")
+        raise WeightsError(f"{origin}: no such folder; {BOTH_WAYS}")
     return folder
 
 
 def load_pretrained(
-    name: str, source: Path | str | None, *, files: Mapping[str, str], download: Callable[[], Mapping[str, Tensor]]
+    name: str,
+    source: Path | str | None,
+    *,
+    files: tuple[str, ...],
+    download: Callable[[], Mapping[str, Tensor]] | None,
 ) -> dict[str, Tensor] | None:
     """Fetch the pretrained state of a network.
 
-    files: file names that may hold it in a weights folder, by network name.
-    download: torchvision's loader, called when there is no folder.
+    files: file names that may hold it in a weights folder, the best first.
+    download: torchvision's loader, called when there is no folder; None where torchvision has no such weights.
     Returns: tensors in float32, or None for random weights.
     Raises: WeightsError that names both ways of getting them.
     """
@@ -64,17 +74,36 @@ def load_pretrained(
         LOG.warning("%s starts from random weights, as --weights random asks", name)
         return None
     if isinstance(source, Path):
-        file = files.get(name)
-        if file is None or not (source / file).is_file():
-            raise WeightsError(f"{source}: no weights for {name} (expected {file or 'none are known'})")
-        return {key: value.float() for key, value in load_file(source / file).items()}
+        file = next((source / file for file in files if (source / file).is_file()), None)
+        if file is None:
+            raise WeightsError(f"{source}: no weights for {name} ({' or '.join(files)}); {BOTH_WAYS}")
+        try:
+            return {key: value.float() for key, value in load_file(file).items()}
+        except (OSError, SafetensorError) as exc:
+            raise WeightsError(f"{file}: not a readable safetensors file ({exc})") from exc
+    if download is None:
+        raise WeightsError(f"{name} cannot be downloaded and needs a folder with {' or '.join(files)}: {BOTH_WAYS}")
     try:
         return {key: value.float() for key, value in download().items()}
-    except OSError as exc:  # urllib's errors are OSErrors
-        raise WeightsError(
-            f"the weights of {name} could not be downloaded ({exc}); "
-            "give a folder that holds them with --weights DIR or SR_WEIGHTS_DIR, or --weights random"
-        ) from exc
+    except (OSError, HTTPException, RuntimeError) as exc:  # urllib's errors are OSErrors, a wrong hash a RuntimeError
+        raise WeightsError(f"the weights of {name} could not be downloaded ({exc}); {BOTH_WAYS}") from exc
+
+
+def load_weights(module: nn.Module, state: Mapping[str, Tensor], *, name: str, optional: tuple[str, ...] = ()) -> None:
+    """Load a pretrained state into a network, complete but for keys that start with one of `optional`.
+
+    Raises: WeightsError that names the first tensors that are missing or have another shape.
+    """
+    wanted = module.state_dict()
+    required = [key for key in wanted if not key.startswith(optional) and not key.endswith("num_batches_tracked")]
+    missing = [key for key in required if key not in state]
+    if missing:
+        raise WeightsError(f"the weights of {name} lack {', '.join(missing[:4])}")
+    wrong = [key for key in state if key in wanted and state[key].shape != wanted[key].shape]
+    if wrong:
+        found, expected = tuple(state[wrong[0]].shape), tuple(wanted[wrong[0]].shape)
+        raise WeightsError(f"the weights of {name} do not fit: {wrong[0]} is {found}, expected {expected}")
+    module.load_state_dict({key: value for key, value in state.items() if key in wanted}, strict=False)
 
 
 @dataclass(frozen=True)
@@ -82,7 +111,7 @@ class FeatureNetSpec:
     """A torchvision `features` stack and the activations that are compared.
 
     layers: name -> index in the stack; the activation behind that module is taken.
-    weights_name: torchvision's enum entry, as "VGG16_BN_Weights.IMAGENET1K_V1".
+    weights_name: torchvision's enum entry, as "VGG16_BN_Weights.IMAGENET1K_V1"; empty: only from a folder.
     file: file name in a weights folder; its keys may carry the prefix "features.".
     """
 
@@ -90,7 +119,7 @@ class FeatureNetSpec:
     weights_name: str
     layers: Mapping[str, int]
     default_layers: tuple[str, ...]
-    file: str = ""
+    file: str
 
 
 FEATURE_NETS: dict[str, FeatureNetSpec] = {
@@ -119,8 +148,12 @@ FEATURE_NETS: dict[str, FeatureNetSpec] = {
     ),
     "vgg19_normalised": FeatureNetSpec(
         "vgg19",
-        "VGG19_Weights.IMAGENET1K_V1",
-        {"relu1_1": 1, "relu1_2": 3, "relu2_1": 6, "relu2_2": 8, "relu3_1": 11, "conv3_1": 10},
+        "",  # torchvision's VGG-19 is not normalised: the same weights of the terms would mean something else
+        # conv*: before the ReLU, where the gradient reaches every pixel (Wang et al., arXiv 1809.00219).
+        {
+            **{"relu1_1": 1, "relu1_2": 3, "relu2_1": 6, "relu2_2": 8, "relu3_1": 11},
+            **{"conv1_2": 2, "conv2_2": 7, "conv3_1": 10},
+        },
         ("relu1_2", "relu2_2", "relu3_1"),
         "vgg19norm_features_to_relu3_1.fp16.safetensors",
     ),
@@ -171,17 +204,14 @@ def build_feature_net(name: str, *, layers: tuple[str, ...], weights: Path | str
         raise WeightsError(f"{name} has no layers {unknown}: one of {', '.join(spec.layers)}")
     stack = getattr(torchvision.models, spec.builder)(weights=None).features
     taps = tuple(spec.layers[layer] for layer in layers)
+    stack = stack[: max(taps) + 1]
+    entry = spec.weights_name
     state = load_pretrained(
         name,
         weights,
-        files={name: spec.file},
-        download=lambda: torchvision.models.get_weight(spec.weights_name).get_state_dict(progress=True),
+        files=(spec.file,),
+        download=(lambda: torchvision.models.get_weight(entry).get_state_dict(**SAFE_DOWNLOAD)) if entry else None,
     )
     if state is not None:
-        wanted = stack[: max(taps) + 1].state_dict()
-        state = {key.removeprefix("features."): value for key, value in state.items()}
-        missing = [key for key in wanted if key not in state and not key.endswith("num_batches_tracked")]
-        if missing:
-            raise WeightsError(f"the weights of {name} lack {', '.join(missing[:4])}")
-        stack.load_state_dict({key: state[key] for key in wanted if key in state}, strict=False)
+        load_weights(stack, {key.removeprefix("features."): value for key, value in state.items()}, name=name)
     return FeatureNet(stack, taps)

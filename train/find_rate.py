@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import plots
-from .data import CropPairs, batches
+from .data import batches
 from .errors import DivergedError
 from .schedule import suggest_rate
 
@@ -17,44 +17,49 @@ if TYPE_CHECKING:
 LOWEST, HIGHEST, STEPS = 1e-7, 10.0, 100
 SMOOTHING = 0.98
 STOP_AT = 4.0  # times the best smoothed loss
+# The average of the first steps is noise, not descent; fastai leaves as many out.
+SKIPPED = 10
 
 
 def find_rate(trainer: Trainer, plot: Path) -> float:
-    """Run up to 100 steps of the recipe's first phase at rates from 1e-7 to 10, then restore the weights.
+    """Run up to 100 steps of the recipe's first phase at rates from 1e-7 to 10, then undo them.
 
+    The rate is the phase's `learning_rate`; groups with another one keep their ratio to it.
     Returns: the suggested learning rate.
-    Raises: DivergedError if the loss is not finite from the start.
+    Raises: DivergedError if the loss stops being finite within the first steps.
     Source: Smith, arXiv 1506.01186, as in fastai's lr_find.
     """
     stage = trainer.recipe.stages[0]
+    phase = stage.phases[0]
     before = {key: value.detach().clone() for key, value in trainer.model.state_dict().items()}
-    dataset = CropPairs(
-        trainer.train_set,
-        stage=stage,
-        config=trainer.recipe.degrade,
-        scales=trainer.recipe.model.scales,
-        entropy=(trainer.recipe.seed, 0, 0),
-    )
-    trainer.prepare_optimizers(stage.phases[0])
-    trainer.model.train()
     rates: list[float] = []
     losses: list[float] = []
     average = 0.0
-    source = batches(dataset, batch=stage.batch, first_step=0, last_step=STEPS, workers=trainer.settings.workers)
-    for step, (lr, hr) in enumerate(source):
-        rate = LOWEST * (HIGHEST / LOWEST) ** (step / (STEPS - 1))
-        for group in trainer.parameter_groups():
-            group["lr"] = rate
-        loss = sum(float(term) for term in trainer.step(lr, hr, stage).values())
-        average = SMOOTHING * average + (1 - SMOOTHING) * loss
-        smoothed = average / (1 - SMOOTHING ** (step + 1))
-        if not math.isfinite(smoothed) or (losses and smoothed > STOP_AT * min(losses)):
-            break
-        rates.append(rate)
-        losses.append(smoothed)
-    trainer.reset(before)
-    if len(rates) < 3:
-        raise DivergedError("the learning-rate finder met a non-finite loss at once; check the data and the recipe")
-    suggestion = suggest_rate(rates, losses)
+    source = batches(
+        trainer.crops(0, 0), batch=stage.batch, first_step=0, last_step=STEPS, workers=trainer.settings.workers
+    )
+    trainer.prepare_optimizers(phase)
+    trainer.model.train()
+    try:
+        for step, (lr, hr) in enumerate(source):
+            rate = LOWEST * (HIGHEST / LOWEST) ** (step / (STEPS - 1))
+            for group in trainer.parameter_groups():
+                group["lr"] = rate * group["highest_rate"] / phase.learning_rate
+            terms = trainer.step(lr, hr, stage)
+            if not terms:  # skipped, because the loss or its gradient was not finite
+                break
+            average = SMOOTHING * average + (1 - SMOOTHING) * sum(float(term) for term in terms.values())
+            smoothed = average / (1 - SMOOTHING ** (step + 1))
+            if not math.isfinite(smoothed) or (losses and smoothed > STOP_AT * min(losses)):
+                break
+            rates.append(rate)
+            losses.append(smoothed)
+    finally:
+        trainer.reset(before)
+    if len(rates) < SKIPPED + 3:
+        raise DivergedError(
+            f"the learning-rate finder met a non-finite loss after {len(rates)} steps; check the data and the recipe"
+        )
+    suggestion = suggest_rate(rates[SKIPPED:], losses[SKIPPED:])
     plots.write_rate_plot(rates, losses, suggestion, plot)
     return suggestion

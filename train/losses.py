@@ -62,6 +62,8 @@ class CombinedLoss(nn.Module):
         super().__init__()
         if config.pixel not in PIXEL_LOSSES:
             raise RecipeError(f"loss.pixel: one of {', '.join(PIXEL_LOSSES)}, not {config.pixel!r}")
+        if not (config.pixel_weight or config.luma_weight or config.colour_weight or config.feature_net):
+            raise RecipeError("loss: every term is switched off")
         self.config = config
         self.features: FeatureNet | None = None
         if config.feature_net:
@@ -84,9 +86,10 @@ class CombinedLoss(nn.Module):
         if self.features is not None:
             with torch.no_grad():
                 targets = self.features(hr)
-            pairs = list(zip(config.feature_weights, self.features(sr), targets))
-            terms["features"] = config.feature_weight * sum(w * F.l1_loss(a.float(), b.float()) for w, a, b in pairs)
+            triples = list(zip(config.feature_weights, self.features(sr), targets, strict=True))
+            distances = [w * F.l1_loss(a.float(), b.float()) for w, a, b in triples]
+            terms["features"] = config.feature_weight * torch.stack(distances).sum()
             if config.style_weight:
-                style = sum(w**2 * F.l1_loss(gram_matrix(a.float()), gram_matrix(b.float())) for w, a, b in pairs)
-                terms["style"] = config.feature_weight * config.style_weight * style
+                grams = [w**2 * F.l1_loss(gram_matrix(a.float()), gram_matrix(b.float())) for w, a, b in triples]
+                terms["style"] = config.feature_weight * config.style_weight * torch.stack(grams).sum()
         return torch.stack(list(terms.values())).sum(), terms

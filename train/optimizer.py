@@ -42,7 +42,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(groups, {"lr": 0.0, "betas": betas, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # no closure is ever given
         """Take one step with the gradients at hand."""
         for group in self.param_groups:
             momentum = group["betas"][0]
@@ -61,6 +61,6 @@ class Muon(torch.optim.Optimizer):
             for (rows, columns), members in by_shape.items():
                 updates = orthogonalise(torch.stack([update for _, update in members]))
                 rate = group["lr"] * max(1.0, rows / columns) ** 0.5
-                for (parameter, _), update in zip(members, updates):
+                for (parameter, _), update in zip(members, updates, strict=True):
                     parameter.mul_(1 - group["lr"] * group["weight_decay"])
                     parameter.add_(update.view(parameter.shape), alpha=-rate)

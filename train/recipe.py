@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
+import re
 import sys
 import types
 import typing
@@ -19,6 +21,7 @@ else:
     import tomli as tomllib
 
 RECIPE_DIR = Path(__file__).parent / "recipes"
+RESIZE_FILTERS = ("bicubic", "bilinear")
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ class DegradeConfig:
 class LossConfig:
     """Pixel term plus, where `feature_net` is named, the perceptual terms of SEEDS A.
 
-    pixel: "l1", "mse" or "charbonnier"; 0 weights switch a term off.
+    pixel: "l1", "l1_normalised", "mse" or "charbonnier"; 0 weights switch a term off.
     feature_layers: names in train.feature_nets, empty for the network's own default.
     feature_weights: one for each layer; the style term's weight is its square times `style_weight`.
     luma_weight: the pixel term once more, on BT.601 luma.
@@ -149,6 +152,8 @@ def load_recipe(name_or_path: str, *, overrides: tuple[str, ...] = ()) -> Recipe
         raise RecipeError(f"unknown recipe {name_or_path!r}: one of {', '.join(recipe_names())}, or a .toml file")
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as exc:
+        raise RecipeError(f"{path}: cannot be read ({exc.strerror})") from exc
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
         raise RecipeError(f"{path}: not a TOML file: {exc}") from exc
     values.setdefault("name", path.stem)
@@ -169,10 +174,46 @@ def _check(recipe: Recipe) -> None:
     if not names or len(set(names)) != len(names):
         raise RecipeError(f"stages need distinct names, got {names}")
     for stage in recipe.stages:
-        if stage.size < 16 or stage.batch < 1 or not stage.phases:
-            raise RecipeError(f"stage {stage.name!r}: size >= 16, batch >= 1 and a phase are needed")
-        if any(stage.size % scale for scale in recipe.model.scales):
-            raise RecipeError(f"stage {stage.name!r}: size {stage.size} is not a multiple of {recipe.model.scales}")
+        where = f"stage {stage.name!r}"
+        # The name becomes a folder of the run and a part of file names in the bundle.
+        _expect(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", stage.name), where, "a name of letters, digits, . _ -")
+        _expect(stage.size >= 16 and stage.batch >= 1 and stage.phases, where, "size >= 16, batch >= 1 and a phase")
+        if any(scale < 1 or stage.size % scale for scale in recipe.model.scales):
+            raise RecipeError(f"{where}: size {stage.size} is not a multiple of {list(recipe.model.scales)}")
+        for phase in stage.phases:
+            where = f"stage {stage.name!r}, phase {phase.name!r}"
+            _expect(phase.epochs > 0 and phase.learning_rate > 0, where, "epochs > 0 and learning_rate > 0")
+            _expect(phase.encoder_learning_rate >= 0, where, "encoder_learning_rate >= 0")
+    degrade, optimizer = recipe.degrade, recipe.optimizer
+    _expect(degrade.resize in RESIZE_FILTERS, "degrade.resize", f"one of {', '.join(RESIZE_FILTERS)}")
+    for name in ("jpeg_quality", "noise_sigma", "holes", "texts"):
+        low, high = getattr(degrade, name)
+        _expect(0 <= low <= high, f"degrade.{name}", "[lowest, highest], neither negative")
+    for name in ("jpeg", "noise", "holes", "text"):
+        share = getattr(degrade, f"{name}_probability")
+        _expect(0 <= share <= 1, f"degrade.{name}_probability", "a share from 0 to 1")
+    _expect(optimizer.div > 0 and optimizer.final_div > 0, "optimizer", "div > 0 and final_div > 0")
+    _expect(0 <= optimizer.warmup_share <= 1, "optimizer.warmup_share", "a share from 0 to 1")
+    _expect(0 <= optimizer.ema_decay < 1, "optimizer.ema_decay", "0 <= ema_decay < 1")
+    _expect(recipe.model.scales, "model.scales", "at least one scale")
+    _expect(recipe.seed >= 0, "seed", "a number that is not negative")
+    _expect(recipe.samples_per_epoch >= 0 and recipe.validation_pictures >= 0, "recipe", "counts >= 0")
+
+
+def _expect(condition: object, where: str, expected: str) -> None:
+    if not condition:
+        raise RecipeError(f"{where}: expected {expected}")
+
+
+def differences(before: Any, after: Any, where: str = "") -> list[str]:
+    """List the keys in which two recipes (as plain values) differ, with both values: "seed: 1 before, 2 now"."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        items = [(key, before.get(key), after.get(key)) for key in (*before, *sorted(after.keys() - before.keys()))]
+    elif isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
+        items = [(str(index), old, new) for index, (old, new) in enumerate(zip(before, after, strict=True))]
+    else:
+        return [] if before == after else [f"{where}: {json.dumps(before)} before, {json.dumps(after)} now"]
+    return [line for key, old, new in items for line in differences(old, new, f"{where}.{key}" if where else key)]
 
 
 def _apply_override(values: dict[str, Any], override: str) -> None:
@@ -191,7 +232,7 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
                 target = target[int(part)]
             except (ValueError, IndexError) as exc:
                 raise RecipeError(f"--set {key}: {part!r} is not an index below {len(target)}") from exc
-        else:
+        elif isinstance(target, dict):
             target = target.setdefault(part, {})
     if not isinstance(target, dict):
         raise RecipeError(f"--set {key}: {'.'.join(parents)} has no named values")
@@ -200,7 +241,7 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
 
 def _convert(kind: Any, value: Any, where: str) -> Any:
     """Turn a plain value into the annotated type, or say what was expected."""
-    if dataclasses.is_dataclass(kind):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         if not isinstance(value, dict):
             raise RecipeError(f"{where}: expected a table, got {value!r}")
         hints = typing.get_type_hints(kind)

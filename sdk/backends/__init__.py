@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import importlib
 import logging
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
 from ..bundle import Stage
-from ..errors import BackendUnavailable, OptionError
+from ..errors import BackendError, BackendUnavailable, OptionError
 
 LOG = logging.getLogger(__name__)
 PRECISIONS = ("auto", "fp32", "fp16", "bf16")
@@ -73,12 +74,14 @@ def open_backend(name: str, request: Request) -> Backend:
     for candidate, device in AUTO_ORDER:
         if request.device not in ("auto", device) and request.device.split(":")[0] != device.split(":")[0]:
             continue
-        wanted = request if request.device != "auto" else _with_device(request, device)
+        wanted = request if request.device != "auto" else replace(request, device=device)
         try:
             backend = _open(candidate, wanted)
-        except BackendUnavailable as exc:
+        except BackendError as exc:
             reasons.append(f"{candidate} on {wanted.device}: {exc}")
-            LOG.debug("not used: %s", reasons[-1])
+            # Not installed is normal; installed and broken is worth a line.
+            level = logging.DEBUG if isinstance(exc, BackendUnavailable) else logging.WARNING
+            LOG.log(level, "not used: %s", reasons[-1])
             continue
         LOG.info("backend: %s %s on %s, %s", backend.name, backend.engine, backend.device, backend.precision)
         return backend
@@ -87,12 +90,11 @@ def open_backend(name: str, request: Request) -> Backend:
 
 def check_request(name: str, request: Request) -> None:
     """Refuse options that no engine knows, before anything heavy is loaded."""
-    if name != "auto" and name not in MODULES:
+    if name != "auto" and str(name) not in MODULES:
         raise OptionError(f"backend {name!r}: one of auto, {', '.join(MODULES)}")
     if request.precision not in PRECISIONS:
         raise OptionError(f"precision {request.precision!r}: one of {', '.join(PRECISIONS)}")
-    kind, colon, number = request.device.partition(":")
-    if not (request.device in ("auto", "cpu") or (kind == "cuda" and colon and number.isdecimal())):
+    if not re.fullmatch("auto|cpu|cuda:[0-9]{1,3}", str(request.device)):
         raise OptionError(f"device {request.device!r}: one of auto, cpu, cuda:N")
 
 
@@ -100,7 +102,3 @@ def _open(name: str, request: Request) -> Backend:
     module = importlib.import_module(MODULES[name], __package__)
     backend: Backend = module.open_backend(request)
     return backend
-
-
-def _with_device(request: Request, device: str) -> Request:
-    return Request(request.folder, request.stage, request.ends, device, request.precision)

@@ -26,10 +26,13 @@ def open_backend(request: Request) -> OnnxRuntimeBackend:
     if request.device == "auto":
         on_cuda = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
     if on_cuda and "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-        raise BackendUnavailable("this onnxruntime has no CUDA provider: pip install 'sr-sdk[gpu]' in a fresh environment")
+        raise BackendUnavailable(
+            "this onnxruntime has no CUDA provider: pip install 'sr-sdk[gpu]' in a fresh environment"
+        )
     precision = request.precision
     if precision == "auto":
-        precision = "fp16" if on_cuda and request.ends == "uint8" else "fp32"
+        has_fp16 = any((graph.precision, graph.ends) == ("fp16", request.ends) for graph in request.stage.graphs)
+        precision = "fp16" if on_cuda and has_fp16 else "fp32"
     if precision == "bf16":  # fp16 runs on the CPU too, slowly, which is how its export is checked
         raise BackendUnavailable("onnxruntime does not run these models in bf16: use fp32 or fp16")
     graph = request.folder / request.stage.graph(precision=precision, ends=request.ends).file.name
@@ -51,7 +54,7 @@ class OnnxRuntimeBackend:
         if device != "cpu":
             provider = ("CUDAExecutionProvider", {"device_id": int(device.partition(":")[2])})
         options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3  # errors arrive as exceptions; warnings about fallbacks are checked below
+        options.log_severity_level = 4  # errors arrive as exceptions; a fallback is checked for below
         try:
             self._session: Any = onnxruntime.InferenceSession(graph, options, providers=[provider])
         except Exception as exc:  # ONNX Runtime raises its own classes straight below Exception
@@ -66,10 +69,11 @@ class OnnxRuntimeBackend:
 
     def run(self, batch: np.ndarray) -> np.ndarray:
         """See Backend.run."""
-        if self._session is None:
+        session = self._session  # close() in another thread lets this run finish
+        if session is None:
             raise BackendError("this backend is closed")
         try:
-            (output,) = self._session.run(None, {self._input: batch})
+            (output,) = session.run(None, {self._input: batch})
         except Exception as exc:
             raise _translate(exc, f"a batch of shape {batch.shape} failed") from exc
         return np.asarray(output)

@@ -39,13 +39,14 @@ def open_backend(request: Request) -> OpenVinoBackend:
         raise BackendUnavailable("openvino is not installed: pip install 'sr-sdk[cpu]'") from exc
     if request.device.startswith("cuda"):
         raise BackendUnavailable("openvino has no CUDA device: use device='cpu'")
-    core = openvino.Core()
-    has_bf16 = "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    try:
+        core = openvino.Core()
+        has_bf16 = "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    except RuntimeError as exc:
+        raise BackendUnavailable(f"openvino has no usable CPU device: {' '.join(str(exc).split())}") from exc
     precision = request.precision
     if precision == "auto":
-        trusted = any(
-            row.precision == "bf16" and row.psnr_db >= MIN_BF16_PSNR_DB for row in request.stage.parity
-        )
+        trusted = any(row.precision == "bf16" and row.psnr_db >= MIN_BF16_PSNR_DB for row in request.stage.parity)
         precision = "bf16" if has_bf16 and trusted and request.ends == "uint8" else "fp32"
     if precision not in HINTS or (precision == "bf16" and not has_bf16):
         raise BackendUnavailable(f"openvino does not run {precision} on this processor: use fp32")
@@ -68,12 +69,14 @@ class OpenVinoBackend:
         self._shapes: OrderedDict[tuple[int, ...], _Requests] = OrderedDict()
         self._lock = threading.Lock()
         self._closed = False
-        folder = cache_dir() / "openvino"
         try:
+            folder = cache_dir() / "openvino"
             folder.mkdir(parents=True, exist_ok=True)
+            if not os.access(folder, os.W_OK):
+                raise PermissionError(f"{folder} is not writable")
             self._config["CACHE_DIR"] = str(folder)
-        except OSError as exc:
-            LOG.warning("compiled models are not kept: %s cannot be written (%s)", folder, exc)
+        except (OSError, RuntimeError, ValueError) as exc:  # RuntimeError: a user without a home folder
+            LOG.warning("compiled models are not kept: %s; set SR_CACHE_DIR to a writable folder", exc)
 
     def run(self, batch: np.ndarray) -> np.ndarray:
         """See Backend.run."""

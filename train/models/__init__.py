@@ -1,57 +1,27 @@
-"""Networks by name. Each is an nn.Module with the members of `Network`."""
+"""Networks by name; each is a `Network`."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
-
-from torch import Tensor, nn
+from typing import Any
 
 from ..errors import RecipeError
 from ..recipe import ModelConfig
 from .fast_unet import build_fast_unet
+from .network import Network
 from .perceptual_unet import build_perceptual_unet
 
+__all__ = ["BUILDERS", "Network", "build_model"]
 
-class Network(Protocol):
-    """What training and export ask of a network."""
-
-    scales: tuple[int, ...]
-
-    def __call__(self, lr: Tensor, scale: int) -> Tensor:
-        """(N, 3, h, w) float RGB in [0, 1] -> (N, 3, h*scale, w*scale), not clamped."""
-        ...
-
-    def stride(self, scale: int) -> int:
-        """Give the grid, in LR pixels, that heights and widths must lie on."""
-        ...
-
-    def layer_groups(self) -> list[nn.Module]:
-        """Give the parts with a learning rate of their own, input end first."""
-        ...
-
-    def freezable_parameters(self) -> list[nn.Parameter]:
-        """Give the pretrained parameters that a frozen phase holds still."""
-        ...
-
-    def hidden_weights(self) -> list[nn.Parameter]:
-        """Give the weights that Muon may take: matrices between hidden activations."""
-        ...
-
-    def fold(self) -> None:
-        """Turn training-time parametrisations (weight norm, batch norm) into plain weights, in place."""
-        ...
-
-
-BUILDERS: dict[str, Callable[..., nn.Module]] = {
+BUILDERS: dict[str, Callable[..., Network]] = {
     "fast": build_fast_unet,
     "perceptual-unet": build_perceptual_unet,
 }
 
 
-def build_model(config: ModelConfig, *, weights: Path | str | None) -> nn.Module:
+def build_model(config: ModelConfig, *, weights: Path | str | None) -> Network:
     """Build the network that a recipe names.
 
     weights: where pretrained encoders come from (see train.feature_nets.find_weights).

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .icnr import icnr_
+from .icnr import icnr_, zero_bias_
+from .network import Network
 
 OUTPUT_FACTOR = 4  # the trunk's pixel covers 4x4 pixels of the output
 
@@ -19,11 +19,11 @@ class ResidualBlock(nn.Module):
         self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
         nn.init.kaiming_normal_(self.conv1.weight)
-        nn.init.zeros_(self.conv1.bias)
+        zero_bias_(self.conv1)
         # A tenth of He's scale keeps a deep stack near the identity at the start, in place of a norm.
         nn.init.kaiming_normal_(self.conv2.weight)
         self.conv2.weight.data.mul_(0.1)
-        nn.init.zeros_(self.conv2.bias)
+        zero_bias_(self.conv2)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.conv2(F.relu(self.conv1(x)))
@@ -37,7 +37,7 @@ class Up(nn.Module):
         self.conv = nn.Conv2d(channels, channels * 2, 1)
         self.shuffle = nn.PixelShuffle(2)
         icnr_(self.conv.weight, factor=2)
-        nn.init.zeros_(self.conv.bias)
+        zero_bias_(self.conv)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.shuffle(self.conv(x))
@@ -47,7 +47,7 @@ def _blocks(channels: int, count: int) -> nn.Sequential:
     return nn.Sequential(*(ResidualBlock(channels) for _ in range(count)))
 
 
-class FastUNet(nn.Module):
+class FastUNet(Network):
     """Enlarge by 1, 2 or 4 with a residual U-Net over PixelUnshuffle(4/scale) of the input.
 
     channels: width of the first level; the next two have twice and four times as many.
@@ -80,43 +80,32 @@ class FastUNet(nn.Module):
         self.shuffle = nn.PixelShuffle(OUTPUT_FACTOR)
         for conv in (self.head, self.down1, self.down2):
             nn.init.kaiming_normal_(conv.weight, nonlinearity="linear")
-            nn.init.zeros_(conv.bias)
+            zero_bias_(conv)
         nn.init.zeros_(self.tail.weight)  # training starts from plain interpolation
-        nn.init.zeros_(self.tail.bias)
+        zero_bias_(self.tail)
 
     def stride(self, scale: int) -> int:
         """Give the grid, in LR pixels: three levels, so two halvings below the trunk."""
         return 4 * OUTPUT_FACTOR // scale
 
-    def layer_groups(self) -> list[nn.Module]:
-        """Everything learns at one rate."""
-        return [self]
-
-    def freezable_parameters(self) -> list[nn.Parameter]:
-        """Nothing is pretrained."""
-        return []
-
-    def hidden_weights(self) -> list[nn.Parameter]:
+    def hidden_weights(self) -> list[Tensor]:
         """Every convolution but the ones that meet pixels."""
         ends = (self.head, self.tail)
         convolutions = [m for m in self.modules() if isinstance(m, nn.Conv2d) and m not in ends]
         return [convolution.weight for convolution in convolutions]
 
-    def fold(self) -> None:
-        """Nothing to fold: there are only plain convolutions."""
-
-    def forward(self, x: Tensor, scale: int) -> Tensor:
+    def forward(self, lr: Tensor, scale: int) -> Tensor:
         if scale not in self.scales:
             raise ValueError(f"this network enlarges by {self.scales[0]}, not {scale}")
-        level1 = self.encoder1(self.head(x))  # (N, c, H/4, W/4) of the output size H x W
+        level1 = self.encoder1(self.head(lr))  # (N, c, H/4, W/4) of the output size H x W
         level2 = self.encoder2(self.down1(level1))
         level3 = self.bottom(self.down2(level2))
         level2 = self.decoder2(self.up2(level3) + level2)
         level1 = self.decoder1(self.up1(level2) + level1)
         detail = self.shuffle(self.tail(level1))
         if scale == 1:
-            return x + detail
-        skip = F.interpolate(x, scale_factor=float(scale), mode="bilinear", align_corners=False)
+            return lr + detail
+        skip = F.interpolate(lr, scale_factor=float(scale), mode="bilinear", align_corners=False)
         return skip + detail
 
 

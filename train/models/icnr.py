@@ -1,4 +1,4 @@
-"""ICNR: initialise a convolution before PixelShuffle so that it starts as nearest interpolation."""
+"""Initialise convolutions: ICNR, so that one before PixelShuffle starts as nearest interpolation, and zero bias."""
 
 from __future__ import annotations
 
@@ -7,14 +7,20 @@ from torch import Tensor, nn
 
 
 @torch.no_grad()
-def icnr_(weight: Tensor, *, factor: int, init=nn.init.kaiming_normal_) -> Tensor:
-    """Fill `weight` in place so that all factor*factor sub-pixels of a channel are equal.
+def icnr_(weight: Tensor, *, factor: int) -> Tensor:
+    """Fill `weight` in place with Kaiming values so that all factor*factor sub-pixels of a channel are equal.
 
     weight: (C * factor**2, in, kh, kw), the convolution in front of nn.PixelShuffle(factor).
     Returns: weight.
     Source: Aitken et al., "Checkerboard artifact free sub-pixel convolution", arXiv 1707.02937.
     """
     kernel = torch.empty(weight.shape[0] // factor**2, *weight.shape[1:], dtype=weight.dtype)
-    init(kernel)
+    nn.init.kaiming_normal_(kernel)
     weight.copy_(kernel.repeat_interleave(factor**2, dim=0))
     return weight
+
+
+def zero_bias_(conv: nn.Conv2d) -> None:
+    """Set the bias of a convolution that has one to zero."""
+    assert conv.bias is not None
+    nn.init.zeros_(conv.bias)

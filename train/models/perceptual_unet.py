@@ -6,32 +6,37 @@ Its layout follows fastai's DynamicUnet (fastai v1, `models/unet.py`) as the sup
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import fuse_conv_bn_eval, parametrize
+from torch.nn.utils import fuse_conv_bn_eval
 from torch.nn.utils.parametrizations import weight_norm
 
-from ..errors import WeightsError
-from ..feature_nets import Normalise, load_pretrained
-from .icnr import icnr_
+from ..feature_nets import SAFE_DOWNLOAD, Normalise, load_pretrained, load_weights
+from .icnr import icnr_, zero_bias_
+from .network import Network
 
 STRIDE = 32  # five halvings, in output pixels
-WEIGHT_FILES = {
-    "resnet34": "resnet34.safetensors",
-    "resnet34 from resnet18": "resnet18_imagenet_stem_to_layer3.fp16.safetensors",
-}
+RESNET34_FILE = "resnet34.safetensors"
+RESNET18_FILE = "resnet18_imagenet_stem_to_layer3.fp16.safetensors"
 # Blocks that a ResNet-34 has and a ResNet-18 has not: with a zero last norm each is the identity.
 INSERTED_BLOCKS = ("layer1.2", "layer2.2", "layer2.3", "layer3.2", "layer3.3", "layer3.4", "layer3.5")
 
 
-def convolution(inputs: int, outputs: int, size: int) -> nn.Conv2d:
+def convolution(inputs: int, outputs: int, size: int) -> nn.Module:
     """Make a weight-normed convolution with Kaiming init; g holds one gain for each output channel."""
     conv = nn.Conv2d(inputs, outputs, size, padding=size // 2)
     nn.init.kaiming_normal_(conv.weight)
-    nn.init.zeros_(conv.bias)
+    zero_bias_(conv)
     return weight_norm(conv)
+
+
+def merged(conv: nn.Module, norm: nn.Module) -> nn.Conv2d:
+    """Merge a batch norm in eval mode into the convolution before it."""
+    assert isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d)
+    return fuse_conv_bn_eval(conv, norm)
 
 
 class ShuffleUp(nn.Module):
@@ -42,7 +47,7 @@ class ShuffleUp(nn.Module):
         conv = nn.Conv2d(inputs, outputs * 4, 1)
         # ICNR goes on the plain weight: set after weight norm, the first forward would replace it.
         icnr_(conv.weight, factor=2)
-        nn.init.zeros_(conv.bias)
+        zero_bias_(conv)
         self.conv = weight_norm(conv)
         self.shuffle = nn.PixelShuffle(2)
 
@@ -71,14 +76,52 @@ class SelfAttention(nn.Module):
 class Affine(nn.Module):
     """A batch norm in eval mode as one scale and shift for each channel."""
 
-    def __init__(self, norm: nn.BatchNorm2d):
+    def __init__(self, norm: nn.Module):
         super().__init__()
-        scale = norm.weight.detach() / (norm.running_var + norm.eps).sqrt()
+        assert isinstance(norm, nn.BatchNorm2d) and norm.running_mean is not None and norm.running_var is not None
+        scale = norm.weight.detach() / torch.sqrt(norm.running_var + norm.eps)
         self.scale = nn.Parameter(scale.view(1, -1, 1, 1))
         self.shift = nn.Parameter((norm.bias.detach() - norm.running_mean * scale).view(1, -1, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.scale + self.shift
+
+
+class Encoder(nn.Module):
+    """ResNet-34 without its head: (N, 3, H, W) normalised RGB -> activations at 1/2, 1/4, 1/8, 1/16 and 1/32.
+
+    The first has passed bn1 and ReLU; the others are the outputs of layer1 to layer4.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        import torchvision
+
+        resnet = torchvision.models.resnet34(weights=None)
+        self.conv1: nn.Module = resnet.conv1
+        self.bn1: nn.Module = resnet.bn1
+        self.layer1: nn.Sequential = resnet.layer1
+        self.layer2: nn.Sequential = resnet.layer2
+        self.layer3: nn.Sequential = resnet.layer3
+        self.layer4: nn.Sequential = resnet.layer4
+
+    def forward(self, picture: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        half = F.relu(self.bn1(self.conv1(picture)))
+        quarter = self.layer1(F.max_pool2d(half, 3, stride=2, padding=1))
+        eighth = self.layer2(quarter)
+        sixteenth = self.layer3(eighth)
+        return half, quarter, eighth, sixteenth, self.layer4(sixteenth)
+
+    def fold(self) -> None:
+        """Merge every batch norm into the convolution before it, in place."""
+        self.conv1, self.bn1 = merged(self.conv1, self.bn1), nn.Identity()
+        block: Any
+        for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
+            for block in layer:
+                block.conv1, block.bn1 = merged(block.conv1, block.bn1), nn.Identity()
+                block.conv2, block.bn2 = merged(block.conv2, block.bn2), nn.Identity()
+                if block.downsample is not None:
+                    block.downsample = merged(block.downsample[0], block.downsample[1])
 
 
 class UpBlock(nn.Module):
@@ -88,10 +131,10 @@ class UpBlock(nn.Module):
         super().__init__()
         up = inputs // 2
         self.up = ShuffleUp(inputs, up)
-        self.norm = nn.BatchNorm2d(skip)
+        self.norm: nn.Module = nn.BatchNorm2d(skip)
         self.conv1 = convolution(up + skip, outputs, 3)
         self.conv2 = convolution(outputs, outputs, 3)
-        self.attention = SelfAttention(outputs) if attention else nn.Identity()
+        self.attention: nn.Module = SelfAttention(outputs) if attention else nn.Identity()
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
         x = F.relu(torch.cat((self.up(x), self.norm(skip)), dim=1))
@@ -110,7 +153,7 @@ class LastCross(nn.Module):
         return x + F.relu(self.conv2(F.relu(self.conv1(x))))
 
 
-class PerceptualUNet(nn.Module):
+class PerceptualUNet(Network):
     """U-Net of 41,229,213 parameters on the interpolated picture; one network serves x1, x2 and x4.
 
     Input: (N, 3, h, w) float RGB in [0, 1], h*scale and w*scale multiples of 32.
@@ -120,18 +163,13 @@ class PerceptualUNet(nn.Module):
 
     def __init__(self, scales: tuple[int, ...] = (2,), *, attention: bool = False):
         super().__init__()
-        import torchvision
-
         if any(scale not in (1, 2, 4) for scale in scales):
             raise ValueError(f"scales are 1, 2 or 4, not {list(scales)}")
         self.scales = scales
         self.pretrained: frozenset[str] = frozenset()  # names of the encoder's tensors that were loaded
         self.normalise = Normalise()
-        resnet = torchvision.models.resnet34(weights=None)
-        self.encoder = nn.ModuleDict(
-            {name: getattr(resnet, name) for name in ("conv1", "bn1", "layer1", "layer2", "layer3", "layer4")}
-        )
-        self.middle_norm = nn.BatchNorm2d(512)
+        self.encoder = Encoder()
+        self.middle_norm: nn.Module = nn.BatchNorm2d(512)
         self.middle = nn.ModuleList([convolution(512, 1024, 3), convolution(1024, 512, 3)])
         self.up1 = UpBlock(512, 256, outputs=512)
         self.up2 = UpBlock(512, 128, outputs=384, attention=attention)
@@ -148,35 +186,21 @@ class PerceptualUNet(nn.Module):
     def layer_groups(self) -> list[nn.Module]:
         """Split the encoder in two and take the rest as the third, as the lesson does."""
         encoder = self.encoder
-        stem = nn.ModuleList([encoder["conv1"], encoder["bn1"], encoder["layer1"], encoder["layer2"]])
-        deep = nn.ModuleList([encoder["layer3"], encoder["layer4"]])
+        stem = nn.ModuleList([encoder.conv1, encoder.bn1, encoder.layer1, encoder.layer2])
+        deep = nn.ModuleList([encoder.layer3, encoder.layer4])
         ours = (self.middle_norm, self.middle, self.up1, self.up2, self.up3, self.up4)
         return [stem, deep, nn.ModuleList([*ours, self.last_up, self.last_cross, self.last])]
 
-    def freezable_parameters(self) -> list[nn.Parameter]:
+    def freezable_parameters(self) -> list[Tensor]:
         """Give the convolutions that came with pretrained weights; BatchNorm stays trainable."""
         convolutions = {f"{name}.weight" for name, m in self.encoder.named_modules() if isinstance(m, nn.Conv2d)}
         parameters = dict(self.encoder.named_parameters())
         return [parameters[name] for name in sorted(convolutions & self.pretrained)]
 
-    def hidden_weights(self) -> list[nn.Parameter]:
-        """None: weight norm already separates length from direction."""
-        return []
-
     def fold(self) -> None:
         """Merge weight norm and batch norm into the convolutions, the other batch norms into a scale and a shift."""
-        for module in self.modules():
-            if parametrize.is_parametrized(module):
-                parametrize.remove_parametrizations(module, "weight")
-        encoder = self.encoder
-        encoder["conv1"] = fuse_conv_bn_eval(encoder["conv1"], encoder["bn1"])
-        encoder["bn1"] = nn.Identity()
-        for layer in ("layer1", "layer2", "layer3", "layer4"):
-            for block in encoder[layer]:
-                block.conv1, block.bn1 = fuse_conv_bn_eval(block.conv1, block.bn1), nn.Identity()
-                block.conv2, block.bn2 = fuse_conv_bn_eval(block.conv2, block.bn2), nn.Identity()
-                if block.downsample is not None:
-                    block.downsample = fuse_conv_bn_eval(block.downsample[0], block.downsample[1])
+        super().fold()
+        self.encoder.fold()
         self.middle_norm = Affine(self.middle_norm)
         for up in (self.up1, self.up2, self.up3, self.up4):
             up.norm = Affine(up.norm)
@@ -185,12 +209,8 @@ class PerceptualUNet(nn.Module):
         if scale > 1:
             lr = F.interpolate(lr, scale_factor=float(scale), mode="bilinear", align_corners=False)
         picture = self.normalise(lr)
-        encoder = self.encoder
-        half = F.relu(encoder["bn1"](encoder["conv1"](picture)))  # (N, 64, H/2, W/2)
-        quarter = encoder["layer1"](F.max_pool2d(half, 3, stride=2, padding=1))  # (N, 64, H/4, W/4)
-        eighth = encoder["layer2"](quarter)  # (N, 128, H/8, W/8)
-        sixteenth = encoder["layer3"](eighth)  # (N, 256, H/16, W/16)
-        x = F.relu(self.middle_norm(encoder["layer4"](sixteenth)))  # (N, 512, H/32, W/32)
+        half, quarter, eighth, sixteenth, deepest = self.encoder(picture)
+        x = F.relu(self.middle_norm(deepest))  # (N, 512, H/32, W/32)
         for conv in self.middle:
             x = F.relu(conv(x))
         x = self.up1(x, sixteenth)
@@ -204,34 +224,31 @@ class PerceptualUNet(nn.Module):
     def load_encoder(self, weights: Path | str | None) -> None:
         """Start the encoder from ImageNet weights: a ResNet-34's, or a ResNet-18's up to layer3.
 
-        Raises: WeightsError if there are none.
+        Raises: WeightsError if there are none, or they do not fit.
         """
         import torchvision
 
         name = "resnet34"
-        if isinstance(weights, Path) and not (weights / WEIGHT_FILES["resnet34"]).is_file():
-            name = "resnet34 from resnet18"
+        if isinstance(weights, Path) and not (weights / RESNET34_FILE).is_file():
+            name = "resnet18"
         state = load_pretrained(
             name,
             weights,
-            files=WEIGHT_FILES,
-            download=lambda: torchvision.models.ResNet34_Weights.IMAGENET1K_V1.get_state_dict(progress=True),
+            files=(RESNET34_FILE, RESNET18_FILE),
+            download=lambda: torchvision.models.ResNet34_Weights.IMAGENET1K_V1.get_state_dict(**SAFE_DOWNLOAD),
         )
         if state is None:
             return
-        if name != "resnet34":
+        # A ResNet-34's fc is left out.
+        known = self.encoder.state_dict().keys()
+        state = {key: value for key, value in state.items() if key in known}
+        lacking = () if name == "resnet34" else (*INSERTED_BLOCKS, "layer4")
+        load_weights(self.encoder, state, name=name, optional=lacking)
+        self.pretrained = frozenset(state)
+        if name == "resnet18":
             for block in INSERTED_BLOCKS:
-                layer, index = block.split(".")
-                norm = self.encoder[layer][int(index)].bn2
-                nn.init.zeros_(norm.weight)
-                nn.init.zeros_(norm.bias)
-        wanted = self.encoder.state_dict()
-        result = self.encoder.load_state_dict({key: v for key, v in state.items() if key in wanted}, strict=False)
-        self.pretrained = frozenset(state) & frozenset(wanted)
-        allowed = () if name == "resnet34" else (*INSERTED_BLOCKS, "layer4")
-        lacking = [k for k in result.missing_keys if not k.startswith(allowed) and "num_batches" not in k]
-        if lacking:
-            raise WeightsError(f"the weights of {name} lack {', '.join(lacking[:4])}")
+                nn.init.zeros_(self.encoder.get_parameter(f"{block}.bn2.weight"))
+                nn.init.zeros_(self.encoder.get_parameter(f"{block}.bn2.bias"))
 
 
 def build_perceptual_unet(

@@ -1,0 +1,94 @@
+"""sr-bench: what the SDK costs, and what it gives."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from sdk import SRError
+
+from . import latency as latency_module
+from . import quality as quality_module
+from .cores import limit_threads
+from .report import render
+from .result import check_writable, write_json
+
+SIDES = range(16, 8193)
+DEFAULT_SIZES = ((256, 256), (512, 512))
+
+
+class Size(click.ParamType):
+    """HxW in pixels, as (height, width)."""
+
+    name = "HxW"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
+        if isinstance(value, tuple):
+            return value
+        match = re.fullmatch(r"(\d{1,5})x(\d{1,5})", value)
+        if match is None or int(match[1]) not in SIDES or int(match[2]) not in SIDES:
+            self.fail(f"{value!r} is not a size such as 256x256 (sides {SIDES[0]} to {SIDES[-1]})", param, ctx)
+        return int(match[1]), int(match[2])
+
+
+json_option = click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the result here too.")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+def main() -> None:
+    """Measure what the SDK costs and what it gives, beside plain interpolation."""
+
+
+@main.command()
+@click.option("--model", help="Bundle folder or shipped model. Default: the shipped one.")
+@click.option("--size", "sizes", type=Size(), metavar="HxW", multiple=True, help="LR input. Default: 256x256, 512x512.")
+@click.option("--repeats", type=click.IntRange(1), default=20, show_default=True, help="Timed runs of each contestant.")
+@click.option("--threads", type=click.IntRange(1), help="Cores for every contestant. Default: all.")
+@click.option("--picture", type=click.Path(path_type=Path), help="Cut the input from this file. Default: a drawn one.")
+@click.option("--run", type=click.Path(path_type=Path), help="Run of sr-train whose weights PyTorch uses.")
+@json_option
+def latency(json_path: Path | None, sizes: tuple[tuple[int, int], ...], threads: int | None, **options: Any) -> None:
+    """Time the SDK on every engine against bilinear interpolation and, where it is installed, PyTorch."""
+    settings = latency_module.Settings(sizes=sizes or DEFAULT_SIZES, threads=threads, **options)
+
+    def measure() -> dict[str, Any]:
+        if threads is not None:
+            limit_threads(threads)
+        return latency_module.run_latency(settings, progress=lambda news: click.echo(news, err=True))
+
+    _report(measure, json_path)
+
+
+@main.command()
+@click.argument("folders", metavar="DIR...", type=click.Path(path_type=Path), nargs=-1, required=True)
+@click.option("--model", "models", multiple=True, help="Bundle folder or shipped model; may be repeated.")
+@click.option("--backend", default="auto", show_default=True)
+@click.option("--precision", default="auto", show_default=True)
+@click.option("--weights", help="Folder with the weights of LPIPS-like (SqueezeNet). Default: SR_WEIGHTS_DIR.")
+@json_option
+def quality(json_path: Path | None, models: tuple[str, ...], **options: Any) -> None:
+    """Score the SDK, bicubic and bilinear on the high-resolution pictures in each DIR."""
+    settings = quality_module.Settings(models=models or (None,), **options)
+
+    def track(paths: Any, label: str) -> Any:
+        return click.progressbar(paths, label=label, file=sys.stderr)
+
+    _report(lambda: quality_module.run_quality(settings, track=track), json_path)
+
+
+def _report(measure: Callable[[], dict[str, Any]], json_path: Path | None) -> None:
+    """Measure, print the table and write the JSON; errors of the SDK become one line."""
+    try:
+        if json_path is not None:
+            check_writable(json_path)
+        result = measure()
+        click.echo(render(result))
+        if json_path is not None:
+            write_json(result, json_path)
+    except SRError as exc:
+        raise click.ClickException(str(exc)) from exc

@@ -1,0 +1,30 @@
+"""Keep a benchmark to some of the machine's cores."""
+
+from __future__ import annotations
+
+import os
+
+from sdk.errors import OptionError
+
+TASKS = "/proc/self/task"
+
+
+def limit_threads(count: int) -> None:
+    """Keep this process and those that it starts to `count` cores; to be called before an engine is imported.
+
+    Raises: OptionError if there are not so many, or the system is not Linux.
+    """
+    if not os.path.isdir(TASKS):
+        raise OptionError("--threads: only Linux ties a process to cores; leave the option out")
+    cores = sorted(os.sched_getaffinity(0))
+    if count > len(cores):
+        raise OptionError(f"--threads {count}: there are {len(cores)} cores")
+    for thread in os.listdir(TASKS):
+        os.sched_setaffinity(int(thread), cores[:count])
+    os.environ["SR_THREADS"] = os.environ["OMP_NUM_THREADS"] = str(count)
+
+
+def has_strays() -> bool:
+    """Tell whether an engine tied a thread to other cores than this process: ONNX Runtime does by default."""
+    own = os.sched_getaffinity(0)
+    return any(os.sched_getaffinity(int(thread)) - own for thread in os.listdir(TASKS))

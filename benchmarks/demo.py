@@ -1,0 +1,98 @@
+"""The first thing to run: enlarge a real photograph, look at it, see what it cost and gained."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+import numpy as np
+from PIL import Image
+
+from sdk import SRError, Upscaler, files
+from sdk.compare import side_by_side
+
+from .metrics import luma, psnr
+from .pictures import BICUBIC, BILINEAR, enlarge, read_picture
+
+# NASA's portrait of Eileen Collins, public domain, as distributed with scikit-image.
+PHOTOGRAPH = Path(__file__).parent.parent / "export" / "pictures" / "astronaut.webp"
+CROP = (slice(40, 296), slice(120, 376))  # of the original: the face, 256 x 256
+REPEATS = 5
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("photograph", type=click.Path(path_type=Path), default=PHOTOGRAPH)
+@click.option("--out", type=click.Path(path_type=Path), default=Path("demo"), show_default=True, help="Folder to write.")
+@click.option("--model", help="A shipped model or a bundle folder.")
+def main(photograph: Path, out: Path, model: str | None) -> None:
+    """Reduce PHOTOGRAPH, enlarge it again, and write the result and a side-by-side panel."""
+    try:
+        run(photograph, out, model)
+    except SRError as exc:
+        raise click.ClickException(str(exc)) from exc
+
+
+def run(photograph: Path, out: Path, model: str | None) -> None:
+    """Do it and print what was measured.
+
+    Raises: SRError if the photograph cannot be read or the results cannot be written.
+    """
+    original = read_picture(photograph)
+    with Upscaler(model) as upscaler:
+        scale = upscaler.scale
+        height, width = (side // scale * scale for side in original.shape[:2])
+        hr = original[:height, :width]
+        lr = np.asarray(Image.fromarray(hr).resize((width // scale, height // scale), BICUBIC))
+        upscaler.warmup((lr.shape[0], lr.shape[1]))
+        ours, ours_ms = _timed(lambda: upscaler.upscale(lr))
+        bilinear, bilinear_ms = _timed(lambda: enlarge(lr, scale, resample=BILINEAR))
+        info = upscaler.info
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as exc:
+        raise click.ClickException(f"{out}: cannot be made ({exc.strerror})") from exc
+    names = {"picture": out / f"{photograph.stem}_x{scale}.png", "panel": out / "panel.png"}
+    for path, image in ((names["picture"], ours), (names["panel"], _panel(lr, bilinear, ours, hr))):
+        files.write(path, image, files.Metadata(), quality=95, overwrite=True)
+    click.echo(f"picture  {names['picture']}\npanel    {names['panel']}")
+    click.echo(f"model    {info['model']}, {info['engine']} on {info['device']}, {info['precision']}")
+    click.echo(f"size     {lr.shape[1]}x{lr.shape[0]} -> {width}x{height}")
+    click.echo(f"time     {ours_ms:.1f} ms; bilinear {bilinear_ms:.1f} ms")
+    click.echo(f"PSNR-Y   {_psnr_y(ours, hr, scale):.2f} dB; bilinear {_psnr_y(bilinear, hr, scale):.2f} dB")
+
+
+def _timed(call: Callable[[], np.ndarray]) -> tuple[np.ndarray, float]:
+    """Give the result and the median time in ms."""
+    times = []
+    for _ in range(REPEATS):
+        start = time.perf_counter()
+        result = call()
+        times.append((time.perf_counter() - start) * 1000)
+    return result, statistics.median(times)
+
+
+def _psnr_y(sr: np.ndarray, hr: np.ndarray, scale: int) -> float:
+    inner = slice(scale, -scale)
+    return psnr(luma(sr)[inner, inner], luma(hr)[inner, inner])
+
+
+def _panel(lr: np.ndarray, bilinear: np.ndarray, ours: np.ndarray, hr: np.ndarray) -> np.ndarray:
+    """Show LR, nearest, bilinear, ours and the original, cropped where the picture is larger than the crop."""
+    rows, columns = CROP if min(hr.shape[:2]) >= 376 else (slice(None), slice(None))
+    size = hr[rows, columns].shape[1::-1]
+    nearest = enlarge(lr, hr.shape[0] // lr.shape[0], resample=Image.Resampling.NEAREST)
+    small = Image.new("RGB", size, "white")
+    factor = hr.shape[0] // lr.shape[0]
+    cell = Image.fromarray(nearest[rows, columns]).resize((size[0] // factor, size[1] // factor), Image.Resampling.NEAREST)
+    small.paste(cell, ((size[0] - cell.width) // 2, (size[1] - cell.height) // 2))
+    pictures = (nearest, bilinear, ours, hr)
+    titles = ("nearest", "bilinear", "ours", "original")
+    cells = [(title, Image.fromarray(np.ascontiguousarray(p[rows, columns]))) for title, p in zip(titles, pictures)]
+    return side_by_side([("low resolution", small), *cells])
+
+
+if __name__ == "__main__":
+    main()

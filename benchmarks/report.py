@@ -1,0 +1,88 @@
+"""Results as plain text: aligned columns made from the JSON form."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from .lpips_like import LABEL
+
+LATENCY_COLUMNS = {
+    "contestant": "contestant",
+    "median_ms": "median ms",
+    "p95_ms": "p95 ms",
+    "min_ms": "min ms",
+    "max_ms": "max ms",
+    "output_mp_per_s": "output MP/s",
+    "times_bilinear": "x bilinear",
+    "speedup_over_onnxruntime_fp32": "speed-up over ORT fp32",
+    "peak_memory_mib": "peak MiB",
+}
+# Heading and decimals of each figure.
+QUALITY_COLUMNS = {
+    "psnr_y_db": ("PSNR-Y dB", 2),
+    "ssim_y": ("SSIM-Y", 4),
+    "lpips_like": (LABEL, 4),
+    "colour_drift": ("colour drift", 3),
+}
+
+
+def render(result: dict[str, Any]) -> str:
+    """Turn the result of either benchmark into text; the machine first."""
+    body = {"latency": _latency, "quality": _quality}[result["kind"]](result)
+    return "\n\n".join([_machine(result["machine"]), *body])
+
+
+def table(headings: Sequence[str], rows: Sequence[Sequence[str]], *, text_columns: int = 1) -> str:
+    """Align columns: the first `text_columns` to the left, figures to the right."""
+    lines = [list(headings), *map(list, rows)]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if index < text_columns else cell.rjust(width)
+            for index, (cell, width) in enumerate(zip(line, widths))
+        ).rstrip()
+        for line in lines
+    )
+
+
+def _machine(facts: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+    processors = ", ".join([f"{facts['cpu']} ({facts['usable_cores']} of {facts['cores']} cores)", *facts["gpus"]])
+    return f"{processors}\nPython {facts['python']}, {versions}; commit {facts['commit'] or 'unknown'}"
+
+
+def _latency(result: dict[str, Any]) -> list[str]:
+    model = result["model"]
+    blocks = [
+        f"{model['name']}, stage {model['stage']}: {result['repeats']} repetitions; "
+        f"PyTorch's weights: {result['torch_weights']}"
+    ]
+    for size in dict.fromkeys(tuple(row["size"]) for row in result["rows"]):
+        height, width = size
+        rows = [
+            [_cell(row.get(key)) for key in LATENCY_COLUMNS] for row in result["rows"] if tuple(row["size"]) == size
+        ]
+        title = f"{height}x{width} -> {height * model['scale']}x{width * model['scale']}"
+        blocks.append(f"{title}\n{table(list(LATENCY_COLUMNS.values()), rows)}")
+    if result["skipped"]:
+        blocks.append("\n".join(f"skipped {item['contestant']}: {item['reason']}" for item in result["skipped"]))
+    return blocks
+
+
+def _quality(result: dict[str, Any]) -> list[str]:
+    columns = {key: QUALITY_COLUMNS[key] for key in QUALITY_COLUMNS if key in result["rows"][0]["means"]}
+    rows = [
+        [f"{row['dataset']} x{row['scale']}", row["method"]]
+        + [str(len(row["pictures"])), *(f"{row['means'][key]:.{decimals}f}" for key, (_, decimals) in columns.items())]
+        for row in result["rows"]
+    ]
+    headings = ["dataset", "method", "pictures", *(heading for heading, _ in columns.values())]
+    notes = [f"no {LABEL}: {result['lpips_like_missing']}"] if result["lpips_like_missing"] else []
+    return [table(headings, rows, text_columns=2), *notes]
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.2f}" if isinstance(value, float) else str(value)

@@ -1,0 +1,83 @@
+"""The bundle's network in eager PyTorch, as a contestant. Needs the `train` extra."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sdk import Bundle
+from sdk.errors import BackendUnavailable, OptionError
+
+RANDOM = "random (the bundle's architecture; timing does not depend on the values)"
+
+
+def describe_weights(run: Path | None) -> str:
+    """Say which weights the PyTorch contestants run."""
+    return RANDOM if run is None else f"run {run.resolve().name}"
+
+
+def open_network(
+    bundle: Bundle, *, run: Path | None, device: str, precision: str
+) -> Callable[[np.ndarray], np.ndarray]:
+    """Build a function (h, w, 3) uint8 -> (h*scale, w*scale, 3) uint8 that does what the deployed graph does.
+
+    run: folder of sr-train that holds the weights of the bundle's last stage; None: random weights.
+    precision: "fp32", or "bf16": autocast on channels-last tensors.
+    Raises: BackendUnavailable without PyTorch, the device or a usable recipe; OptionError if the run does not fit.
+    """
+    try:
+        import torch
+        import torch.nn.functional as F
+    except ImportError as exc:
+        raise BackendUnavailable("PyTorch is not installed; install sr-sdk[train] to compare with it") from exc
+    if device != "cpu" and not torch.cuda.is_available():
+        raise BackendUnavailable(f"PyTorch sees no CUDA device for {device}")
+    scale = bundle.manifest.scale
+    layout = torch.channels_last if precision == "bf16" else torch.contiguous_format
+    network = _load(bundle, run).to(device, memory_format=layout).eval()
+    stride = network.stride(scale)
+
+    @torch.inference_mode()
+    def upscale(lr: np.ndarray) -> np.ndarray:
+        height, width = lr.shape[:2]
+        x = torch.from_numpy(lr).to(device).permute(2, 0, 1)[None].float() / 255
+        x = F.pad(x, (0, -width % stride, 0, -height % stride), mode="replicate")
+        x = x.contiguous(memory_format=layout)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16"):
+            x = network(x, scale)
+        x = (x.float().clamp(0, 1) * 255).round().to(torch.uint8)
+        # (1, 3, H, W) -> (H, W, 3), without the padding
+        return np.ascontiguousarray(x[0].permute(1, 2, 0).cpu().numpy()[: height * scale, : width * scale])
+
+    return upscale
+
+
+def _load(bundle: Bundle, run: Path | None) -> Any:
+    """Give the folded network, as it was exported."""
+    try:
+        from train.checkpoint import load_checkpoint, stage_folder
+        from train.errors import TrainError
+        from train.models import build_model
+        from train.recipe import recipe_from_dict
+    except ImportError as exc:
+        raise BackendUnavailable(f"{exc.name} is not installed; install sr-sdk[train]") from exc
+    checkpoint = None
+    try:
+        if run is not None:
+            checkpoint = load_checkpoint(stage_folder(run, bundle.stage().name))
+        facts = bundle.manifest.training if checkpoint is None else checkpoint.facts
+        if "recipe" not in facts:
+            raise BackendUnavailable("the bundle does not say which network it holds (training.recipe); give --run")
+        network = build_model(recipe_from_dict(facts["recipe"]).model, weights="random")
+        if checkpoint is not None:
+            network.load_state_dict(checkpoint.group("model"))
+        network.fold()
+        return network
+    except (TrainError, RuntimeError) as exc:
+        reason = str(exc).splitlines()[0]
+        if run is not None:
+            raise OptionError(f"--run {run}: does not fit this model ({reason})") from exc
+        raise BackendUnavailable(f"PyTorch cannot run this model's network: {reason}") from exc

@@ -1,0 +1,86 @@
+"""The import arrows of the architecture, held by reading every file's imports."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+OURS = {"sdk", "train", "export", "benchmarks"}
+# folder -> our folders that it may import.
+ALLOWED = {
+    "sdk": set(),
+    "train": set(),
+    "export": {"sdk", "train"},
+    "benchmarks": {"sdk", "train"},
+}
+# Outside engines' own files and the command, the runtime stands on these alone.
+RUNTIME = {"numpy", "PIL"}
+ENGINE_FILES = {"sdk/backends/onnxruntime.py": {"onnxruntime"}, "sdk/backends/openvino.py": {"openvino"}}
+TORCH_FREE_BENCHMARKS = {"cli", "demo", "report", "machine"}
+
+
+def imports(path: Path, *, top_level: bool = False) -> set[str]:
+    """List the first names of all absolute imports of a file, or of those that run when it is imported."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    nodes = tree.body if top_level else ast.walk(tree)
+    found = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            found.add((node.module or "").split(".")[0])
+    return found
+
+
+def sources(folder: str) -> list[Path]:
+    return sorted((ROOT / folder).rglob("*.py"))
+
+
+@pytest.mark.parametrize("folder", sorted(ALLOWED))
+def test_folders_import_only_what_the_architecture_allows(folder):
+    for path in sources(folder):
+        # A folder's own names are imported relatively, so even they do not appear here.
+        assert imports(path) & OURS <= ALLOWED[folder], path
+
+
+def test_export_takes_only_documented_parts_of_training():
+    allowed = {"checkpoint", "errors", "feature_nets", "models", "recipe", "run_folder"}
+    for path in sources("export"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("train"):
+                assert node.module.split(".")[1] in allowed, (path, node.module)
+
+
+def test_the_runtime_stands_on_numpy_and_pillow():
+    for path in sources("sdk"):
+        third_party = imports(path) - set(sys.stdlib_module_names) - RUNTIME
+        name = path.relative_to(ROOT).as_posix()
+        allowed = {"click"} if name == "sdk/cli.py" else ENGINE_FILES.get(name, set())
+        assert third_party <= allowed, name
+
+
+def test_engines_are_imported_only_when_opened():
+    for name, engines in ENGINE_FILES.items():
+        assert not imports(ROOT / name, top_level=True) & engines
+
+
+def test_benchmarks_import_torch_and_train_only_inside_functions():
+    for path in sources("benchmarks"):
+        if path.stem in TORCH_FREE_BENCHMARKS:
+            assert not imports(path, top_level=True) & {"torch", "train"}, path
+
+
+def test_sdk_imports_with_training_and_engines_blocked():
+    blocked = ["torch", "torchvision", "onnx", "onnxruntime", "openvino", "click", "safetensors", "matplotlib"]
+    code = f"import sys\nfor name in {blocked!r}: sys.modules[name] = None\nimport sdk; sdk.Upscaler; sdk.Bundle"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+@pytest.mark.parametrize("folder", sorted(ALLOWED))
+def test_no_file_is_a_drawer_for_everything(folder):
+    assert not {path.stem for path in sources(folder)} & {"utils", "helpers", "common", "misc"}

@@ -1,0 +1,286 @@
+from __future__ import annotations
+
+import json
+import os
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from benchmarks import cli, cores, latency, torch_eager
+from benchmarks.cli import main
+from benchmarks.latency import BASELINE, REFERENCE, Contestant, Timing
+from benchmarks.machine import machine_facts
+from benchmarks.memory import measure_peak_mib
+from benchmarks.pictures import draw_picture
+from benchmarks.report import table
+from benchmarks.result import result_head
+from sdk import BackendUnavailable, BundleError, OptionError, SRError, bundle
+
+SHIPPED = bundle.MODELS_DIR / bundle.DEFAULT_MODEL / bundle.MANIFEST
+OPENVINO = Contestant("openvino", "cpu", "fp32")
+
+
+class FakeUpscaler:
+    """ONNX Runtime on the CPU alone, at scale 2."""
+
+    def __init__(self, model=None, *, backend, device, precision):
+        if precision == "fp16":
+            raise BundleError("no fp16 graph")
+        if (backend, device, precision) != ("onnxruntime", "cpu", "fp32"):
+            raise BackendUnavailable(f"no {backend} here")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        pass
+
+    def upscale(self, image):
+        return image.repeat(2, axis=0).repeat(2, axis=1)
+
+
+@pytest.fixture
+def fake_model(monkeypatch):
+    stage = SimpleNamespace(name="96", weights=SimpleNamespace(sha256="0" * 64))
+    manifest = SimpleNamespace(name="fake", scale=2, training={})
+    loaded = SimpleNamespace(manifest=manifest, stage=lambda: stage)
+    monkeypatch.setattr(latency, "Upscaler", FakeUpscaler)
+    monkeypatch.setattr(latency, "Bundle", SimpleNamespace(load=lambda model: loaded))
+    monkeypatch.setattr(latency, "measure_peak_mib", lambda *arguments: 12.34)
+    monkeypatch.setattr(latency, "PAUSE_S", 0)
+
+
+def test_summarise_known_samples():
+    samples = np.random.default_rng(0).permutation(np.arange(1.0, 102.0))
+    assert latency.summarise(samples) == Timing(median_ms=51, p95_ms=96, min_ms=1, max_ms=101)
+
+
+def test_summarise_one_sample():
+    assert latency.summarise([7.5]) == Timing(7.5, 7.5, 7.5, 7.5)
+
+
+def test_rows_hold_throughput_and_ratios():
+    timings = {
+        BASELINE: Timing(2, 2, 2, 2),
+        REFERENCE: Timing(40, 50, 30, 60),
+        OPENVINO: Timing(10, 11, 9, 12),
+    }
+    rows = latency.make_rows(timings, dict.fromkeys(timings, 100.04), size=(250, 500), scale=2)
+    assert rows[2] == {
+        "size": [250, 500],
+        "contestant": "openvino fp32",
+        "engine": "openvino",
+        "device": "cpu",
+        "precision": "fp32",
+        "median_ms": 10,
+        "p95_ms": 11,
+        "min_ms": 9,
+        "max_ms": 12,
+        "output_mp_per_s": 50,
+        "times_bilinear": 5,
+        "speedup_over_onnxruntime_fp32": 4,
+        "peak_memory_mib": 100.0,
+    }
+    assert rows[1]["speedup_over_onnxruntime_fp32"] == rows[0]["times_bilinear"] == 1
+
+
+def test_rows_without_the_reference_have_no_speedup():
+    timings = {BASELINE: Timing(2, 2, 2, 2), OPENVINO: Timing(10, 11, 9, 12)}
+    rows = latency.make_rows(timings, dict.fromkeys(timings, 1.0), size=(16, 16), scale=2)
+    assert [row["speedup_over_onnxruntime_fp32"] for row in rows] == [None, None]
+
+
+def test_contestants_have_distinct_names():
+    names = [contestant.name for contestant in latency.CONTESTANTS]
+    assert len(set(names)) == len(names)
+    assert names[:4] == ["bilinear", "onnxruntime fp32", "openvino fp32", "openvino bf16"]
+
+
+def test_turns_are_interleaved():
+    calls = []
+    runners = {contestant: lambda lr, name=contestant.name: calls.append(name) for contestant in (BASELINE, REFERENCE)}
+    samples = latency.take_turns(runners, draw_picture((16, 16)), repeats=3, pause_s=0)
+    warm_up = ["bilinear"] * latency.WARM_UPS + ["onnxruntime fp32"] * latency.WARM_UPS
+    assert calls == warm_up + (["bilinear"] * 2 + ["onnxruntime fp32"] * 2) * 3
+    assert [len(times_ms) for times_ms in samples.values()] == [3, 3]
+
+
+def test_drawn_picture_is_seeded_and_detailed():
+    picture = draw_picture((40, 56))
+    assert picture.shape == (40, 56, 3) and picture.dtype == np.uint8
+    assert np.array_equal(picture, draw_picture((40, 56)))
+    assert not np.array_equal(picture, draw_picture((40, 56), seed=2))
+    assert picture.std() > 20
+
+
+def allocate(mib: int) -> None:
+    bytearray(b"x") * (mib << 20)
+
+
+def fail() -> None:
+    raise OptionError("from the child")
+
+
+def test_peak_memory_is_that_of_the_activity_alone():
+    held = bytearray(b"x") * (300 << 20)  # by this process, not by the measured one
+    small, large = measure_peak_mib(allocate, 1), measure_peak_mib(allocate, 200)
+    assert len(held) and small < 300
+    # Pages of the interpreter itself differ by a few MiB from one process to the next.
+    assert large - small == pytest.approx(199, abs=20)
+
+
+def test_peak_memory_passes_errors_on():
+    with pytest.raises(OptionError, match="from the child"):
+        measure_peak_mib(fail)
+
+
+def test_machine_facts_are_json_without_paths():
+    facts = machine_facts()
+    text = json.dumps(facts)
+    assert facts["cores"] >= 1 and facts["versions"]["numpy"] == np.__version__
+    assert os.uname().nodename not in (facts["cpu"], facts["system"]) and str(cores.__file__) not in text
+
+
+def test_result_names_the_command_without_folders(monkeypatch, tmp_path):
+    monkeypatch.setattr("sys.argv", [str(tmp_path / "sr-bench"), "latency", "--json", str(tmp_path / "out.json")])
+    assert result_head("latency", protocol="")["command"] == "sr-bench latency --json out.json"
+
+
+def test_table_aligns_columns():
+    assert table(["name", "ms"], [["a", "1.5"], ["longer", "20"]]) == "name     ms\na       1.5\nlonger   20"
+
+
+def test_cli_writes_json_and_a_table(fake_model, tmp_path):
+    out = tmp_path / "latency.json"
+    arguments = ["latency", "--size", "16x24", "--size", "32x32", "--repeats", "2", "--json", str(out)]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 0, result.output
+    written = json.loads(out.read_text())
+    assert (written["schema"], written["kind"], written["repeats"]) == (1, "latency", 2)
+    assert written["model"] == {"name": "fake", "scale": 2, "stage": "96", "weights_sha256": "0" * 64}
+    assert written["torch_weights"].startswith("random")
+    assert [row["size"] for row in written["rows"]] == [[16, 24], [16, 24], [32, 32], [32, 32]]
+    assert [row["contestant"] for row in written["rows"][:2]] == ["bilinear", "onnxruntime fp32"]
+    assert all(row["peak_memory_mib"] == 12.3 for row in written["rows"])
+    assert {"contestant": "openvino fp32", "reason": "no openvino here"} in written["skipped"]
+    assert {"contestant": "onnxruntime fp16 cuda:0", "reason": "no fp16 graph"} in written["skipped"]
+    assert "16x24 -> 32x48" in result.stdout
+    assert "skipped openvino fp32: no openvino here" in result.stdout
+
+
+@pytest.mark.parametrize("size", ["256", "256x", "8x256", "256x9000", "axb", "-16x16"])
+def test_cli_refuses_a_bad_size(size):
+    result = CliRunner().invoke(main, ["latency", f"--size={size}"])
+    assert result.exit_code == 2
+    assert "is not a size such as 256x256" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--model", "no-such-model"],
+        ["--json", "no/such/folder/out.json"],
+        ["--threads", "100000"],
+    ],
+)
+def test_cli_tells_an_error_in_one_line(arguments):
+    result = CliRunner().invoke(main, ["latency", *arguments])
+    assert result.exit_code == 1
+    assert isinstance(result.exception, SystemExit)
+    assert len(result.stderr.splitlines()) == 1 and result.stderr.startswith("Error: ")
+
+
+def test_cli_tells_a_missing_picture(fake_model):
+    result = CliRunner().invoke(main, ["latency", "--picture", "missing.png"])
+    assert result.exit_code == 1
+    assert result.stderr.startswith("Error: missing.png")
+
+
+def test_cli_limits_threads_before_it_measures(monkeypatch):
+    calls = []
+    monkeypatch.setattr(cli, "limit_threads", lambda count: calls.append(count))
+
+    def run_latency(settings, *, progress):
+        calls.append(settings.threads)
+        raise SRError("enough")
+
+    monkeypatch.setattr(latency, "run_latency", run_latency)
+    assert CliRunner().invoke(main, ["latency", "--threads", "1"]).exit_code == 1
+    assert calls == [1, 1]
+
+
+def test_engines_that_leave_their_cores_are_skipped(fake_model, monkeypatch):
+    monkeypatch.setattr(latency, "has_strays", lambda: True)
+    monkeypatch.setattr(FakeUpscaler, "close", lambda self: None, raising=False)
+    result = latency.run_latency(latency.Settings(sizes=((16, 16),), repeats=1, threads=1))
+    reasons = {item["contestant"]: item["reason"] for item in result["skipped"]}
+    assert "does not keep to the cores" in reasons["onnxruntime fp32"]
+    assert result["rows"][0]["speedup_over_onnxruntime_fp32"] is None
+
+
+@pytest.mark.skipif(not os.path.isdir(cores.TASKS), reason="only Linux ties a process to cores")
+def test_limit_threads_holds_every_thread_of_a_process():
+    measure_peak_mib(check_limit)
+
+
+def check_limit() -> None:
+    cores.limit_threads(1)
+    assert len(os.sched_getaffinity(0)) == 1 and os.environ["SR_THREADS"] == "1"
+    assert not cores.has_strays()
+
+
+def network_bundle():
+    model = {"name": "fast", "scales": [2], "options": {"channels": 4, "blocks": [1, 1, 1]}}
+    stage = SimpleNamespace(name="96")
+    manifest = SimpleNamespace(scale=2, training={"recipe": {"model": model}})
+    return SimpleNamespace(manifest=manifest, stage=lambda: stage)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_torch_network_enlarges_any_size(precision):
+    pytest.importorskip("torch")
+    upscale = torch_eager.open_network(network_bundle(), run=None, device="cpu", precision=precision)
+    flat = np.full((37, 50, 3), 130, np.uint8)
+    # An untrained fast U-Net interpolates: a flat picture stays flat.
+    assert np.array_equal(upscale(flat), np.full((74, 100, 3), 130, np.uint8))
+
+
+def test_torch_network_takes_the_weights_of_a_run(tmp_path):
+    torch = pytest.importorskip("torch")
+    from train.checkpoint import Checkpoint, save_checkpoint, stage_folder
+    from train.models import build_model
+    from train.recipe import recipe_from_dict
+
+    bundle = network_bundle()
+    network = build_model(recipe_from_dict(bundle.manifest.training["recipe"]).model, weights="random")
+    torch.nn.init.constant_(network.tail.bias, 10 / 255)
+    tensors = {f"model.{key}": value for key, value in network.state_dict().items()}
+    save_checkpoint(stage_folder(tmp_path, "96"), Checkpoint(tensors, bundle.manifest.training))
+    upscale = torch_eager.open_network(bundle, run=tmp_path, device="cpu", precision="fp32")
+    assert np.array_equal(upscale(np.full((16, 16, 3), 100, np.uint8)), np.full((32, 32, 3), 110, np.uint8))
+    assert torch_eager.describe_weights(tmp_path) == f"run {tmp_path.name}"
+
+
+def test_torch_network_needs_a_run_that_fits(tmp_path):
+    pytest.importorskip("torch")
+    with pytest.raises(OptionError, match="does not fit this model"):
+        torch_eager.open_network(network_bundle(), run=tmp_path, device="cpu", precision="fp32")
+
+
+def test_torch_network_needs_a_recipe():
+    pytest.importorskip("torch")
+    bundle = network_bundle()
+    bundle.manifest.training.clear()
+    with pytest.raises(BackendUnavailable, match="give --run"):
+        torch_eager.open_network(bundle, run=None, device="cpu", precision="fp32")
+
+
+@pytest.mark.skipif(not SHIPPED.is_file(), reason="sdk/models/fast-x2 is not there")
+def test_shipped_model_is_timed_on_every_engine():
+    pytest.importorskip("onnxruntime")
+    result = latency.run_latency(latency.Settings(sizes=((32, 48),), repeats=1))
+    assert {"bilinear", "onnxruntime fp32"} <= {row["contestant"] for row in result["rows"]}
+    assert len(result["rows"]) + len(result["skipped"]) == len(latency.CONTESTANTS)
+    assert all(row["median_ms"] > 0 and row["peak_memory_mib"] > 10 for row in result["rows"])

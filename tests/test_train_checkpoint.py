@@ -1,0 +1,133 @@
+"""Checkpoints: whole or not at all, and readable or refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from train import checkpoint as module
+from train.checkpoint import (
+    FACTS,
+    TENSORS,
+    Checkpoint,
+    keep_latest,
+    latest_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+    stage_folder,
+)
+from train.errors import CheckpointError, ResourceError
+
+
+def example(value: float = 1.0) -> Checkpoint:
+    tensors = {"model.a": torch.full((2, 3), value), "ema.a": torch.zeros(1), "model.count": torch.tensor(3)}
+    return Checkpoint(tensors, {"position": [0, 1, 2], "done_steps": 7})
+
+
+def test_a_checkpoint_comes_back(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "c", example())
+    loaded = load_checkpoint(tmp_path / "c")
+    assert loaded.facts == example().facts
+    assert set(loaded.group("model")) == {"a", "count"}
+    assert torch.equal(loaded.group("model")["a"], torch.ones(2, 3))
+    assert loaded.tensors["model.count"].dtype == torch.int64
+
+
+def test_memory_format_does_not_matter(tmp_path: Path) -> None:
+    weight = torch.rand(4, 3, 3, 3).to(memory_format=torch.channels_last)
+    save_checkpoint(tmp_path / "c", Checkpoint({"w": weight}, {}))
+    assert torch.equal(load_checkpoint(tmp_path / "c").tensors["w"], weight)
+
+
+def test_files_are_safetensors_and_json(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "c", example())
+    assert sorted(path.name for path in (tmp_path / "c").iterdir()) == [FACTS, TENSORS]
+    with safe_open(tmp_path / "c" / TENSORS, "pt") as file:
+        assert set(file.keys()) == set(example().tensors)
+    json.loads((tmp_path / "c" / FACTS).read_text())
+
+
+@pytest.mark.parametrize("when", ["tensors", "facts", "rename"])
+def test_a_failure_in_the_middle_keeps_the_old_one(when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_checkpoint(tmp_path / "c", example(1.0))
+
+    def fail(*args: object, **kwargs: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        if when == "tensors":
+            patch.setattr(module, "save_file", fail)
+        elif when == "facts":
+            patch.setattr(Path, "write_text", fail)
+        else:
+            patch.setattr(Path, "rename", fail)
+        with pytest.raises(ResourceError, match=r"No space left on device.*free space or choose --out"):
+            save_checkpoint(tmp_path / "c", example(2.0))
+    assert [path.name for path in tmp_path.iterdir()] == ["c"]
+    assert float(load_checkpoint(tmp_path / "c").tensors["model.a"][0, 0]) == 1.0
+
+
+def test_a_kill_between_the_renames_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_checkpoint(tmp_path / "c", example(1.0))
+    rename = Path.rename
+    calls = []
+
+    def killed_at_the_second(self: Path, target: Path) -> Path:
+        calls.append(target)
+        if len(calls) == 2:
+            raise KeyboardInterrupt  # like a kill: passes every handler of errors
+        return rename(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", killed_at_the_second)
+        with pytest.raises(KeyboardInterrupt):
+            save_checkpoint(tmp_path / "c", example(2.0))
+    assert float(load_checkpoint(tmp_path / "c").tensors["model.a"][0, 0]) == 1.0
+    save_checkpoint(tmp_path / "c", example(3.0))
+    assert float(load_checkpoint(tmp_path / "c").tensors["model.a"][0, 0]) == 3.0
+    assert [path.name for path in tmp_path.iterdir()] == ["c"]
+
+
+def test_an_unwritable_place_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ResourceError, match="the checkpoint could not be written"):
+        save_checkpoint(tmp_path / "file" / "c", example())
+
+
+@pytest.mark.parametrize("name", [TENSORS, FACTS])
+@pytest.mark.parametrize("damage", ["missing", "empty", "truncated", "garbage"])
+def test_a_damaged_checkpoint_is_refused(name: str, damage: str, tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "c", example())
+    file = tmp_path / "c" / name
+    whole = file.read_bytes()
+    file.unlink()
+    if damage != "missing":
+        file.write_bytes({"empty": b"", "truncated": whole[: len(whole) - 5], "garbage": b"\x80\x04K\x01."}[damage])
+    with pytest.raises(CheckpointError, match="not a readable checkpoint"):
+        load_checkpoint(tmp_path / "c")
+
+
+def test_facts_must_be_a_table(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "c", example())
+    (tmp_path / "c" / FACTS).write_text("[]")
+    with pytest.raises(CheckpointError, match=r"state.json holds no table"):
+        load_checkpoint(tmp_path / "c")
+
+
+def test_the_newest_is_found_and_the_rest_deleted(tmp_path: Path) -> None:
+    assert latest_checkpoint(tmp_path) is None
+    for step in (5, 10, 100):
+        save_checkpoint(tmp_path / "checkpoints" / f"step-{step:09d}", example())
+    (tmp_path / "checkpoints" / ".step-000000200.tmp").mkdir()  # a process that was killed while it saved
+    assert latest_checkpoint(tmp_path) == tmp_path / "checkpoints" / "step-000000100"
+    keep_latest(tmp_path, 2)
+    left = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert left == ["step-000000010", "step-000000100"]
+
+
+def test_stage_folder(tmp_path: Path) -> None:
+    assert stage_folder(tmp_path, "128") == tmp_path / "stages" / "128"

@@ -1,0 +1,404 @@
+"""The training loop: resumable bit for bit, frozen as told, stopped when it diverges."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from train.checkpoint import latest_checkpoint, load_checkpoint, stage_folder
+from train.errors import CheckpointError, DivergedError, RecipeError, ResourceError, TrainError
+from train.find_rate import find_rate
+from train.loop import MAX_NON_FINITE, Progress, Settings, Trainer, choose_device, phase_steps
+from train.models.perceptual_unet import RESNET18_FILE, PerceptualUNet
+from train.recipe import PhaseConfig, Recipe, StageConfig, load_recipe, recipe_from_dict
+from train.run_folder import load_run, read_log
+
+TINY: dict[str, Any] = {
+    "name": "tiny",
+    "model": {"options": {"channels": 8, "blocks": [1, 1, 1]}},
+    "optimizer": {"muon_rate": 10.0},
+    "degrade": {"noise_probability": 0.5, "jpeg_probability": 0.5},
+    "samples_per_epoch": 8,
+    "stages": [
+        {"name": "32", "size": 32, "batch": 2, "phases": [{"epochs": 2.0}]},
+        {"name": "48", "size": 48, "batch": 2, "phases": [{"epochs": 1.0, "learning_rate": 1e-4}]},
+    ],
+}
+STEPS = 8 + 4
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def make_trainer(
+    photographs: Path, out: Path, *, recipe: Recipe | None = None, weights: Path | str | None = None, **settings: Any
+) -> Trainer:
+    chosen: dict[str, Any] = {"device": "cpu", "precision": "fp32", "workers": 0} | settings
+    trainer = Trainer(recipe or recipe_from_dict(TINY), out, weights=weights, settings=Settings(**chosen))
+    trainer.load_photographs(photographs, lambda done, total: None)
+    return trainer
+
+
+def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_a_run_writes_all_it_promises(photo_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    trainer = make_trainer(photo_folder, out)
+    news: list[Progress] = []
+    trainer.begin()
+    assert trainer.train(report=news.append)
+    assert trainer.finished and trainer.done_steps == STEPS
+    assert sorted(path.name for path in out.iterdir()) == [
+        "checkpoints", "log.jsonl", "loss.png", "panels", "recipe.json", "run.json", "stages",
+    ]  # fmt: skip
+    assert load_run(out) == trainer.recipe
+    assert news[0].done_steps == 1 and news[-1].done_steps == STEPS  # news from the first step on
+    assert [entry["done_steps"] for entry in read_log(out)] == [line.done_steps for line in news]
+    assert set(news[-1].terms) == {"pixel"} and news[-1].psnr_y is not None
+    assert (out / "panels" / f"{STEPS:08d}.png").is_file()
+    for name, steps in (("32", 8), ("48", STEPS)):
+        product = load_checkpoint(stage_folder(out, name))
+        assert (product.facts["stage"], product.facts["steps"], product.facts["complete"]) == (name, steps, True)
+        assert product.facts["recipe"] == json.loads((out / "recipe.json").read_text())
+    assert same(product.group("model"), trainer.ema)
+    assert not list(out.rglob(".*"))
+
+
+@pytest.mark.parametrize("stop_at", [1, 5, 8, 10])
+def test_a_stopped_and_resumed_run_is_the_run_that_was_not(stop_at: int, photo_folder: Path, tmp_path: Path) -> None:
+    whole = make_trainer(photo_folder, tmp_path / "whole")
+    whole.train()
+    make_trainer(photo_folder, tmp_path / "parts", max_steps=stop_at).train()
+    resumed = make_trainer(photo_folder, tmp_path / "parts")
+    assert resumed.resume() and resumed.done_steps == stop_at
+    assert resumed.train()
+    assert same(whole.model.state_dict(), resumed.model.state_dict())
+    assert same(whole.ema, resumed.ema)
+
+
+def test_workers_panels_and_checkpoints_do_not_change_the_result(photo_folder: Path, tmp_path: Path) -> None:
+    plain = make_trainer(photo_folder, tmp_path / "plain", checkpoint_seconds=1e9, panel_seconds=1e9)
+    busy = make_trainer(photo_folder, tmp_path / "busy", workers=1, checkpoint_seconds=0, panel_seconds=0)
+    plain.train()
+    busy.train()
+    assert same(plain.model.state_dict(), busy.model.state_dict())
+
+
+def test_max_steps_leaves_an_incomplete_stage(photo_folder: Path, tmp_path: Path) -> None:
+    first = make_trainer(photo_folder, tmp_path, max_steps=3)
+    assert not first.train()
+    assert latest_checkpoint(tmp_path) == tmp_path / "checkpoints" / "step-000000003"
+    product = load_checkpoint(stage_folder(tmp_path, "32"))
+    assert (product.facts["complete"], product.facts["steps"]) == (False, 3)
+    assert same(product.group("model"), first.ema)
+
+    second = make_trainer(photo_folder, tmp_path, max_steps=3)  # steps in all: nothing is left to do
+    second.resume()
+    assert not second.train() and second.done_steps == 3
+
+    third = make_trainer(photo_folder, tmp_path, max_steps=8)  # ends with the first stage: it is complete
+    third.resume()
+    assert not third.train()
+    assert load_checkpoint(stage_folder(tmp_path, "32")).facts["complete"] is True
+    assert not stage_folder(tmp_path, "48").exists()
+
+
+def test_a_stop_saves_and_leaves_no_stage(photo_folder: Path, tmp_path: Path) -> None:
+    trainer = make_trainer(photo_folder, tmp_path)
+    assert not trainer.train(stop=lambda: trainer.done_steps == 2)
+    assert latest_checkpoint(tmp_path) == tmp_path / "checkpoints" / "step-000000002"
+    assert not (tmp_path / "stages").exists()
+
+
+def test_a_finished_run_resumes_to_nothing(photo_folder: Path, tmp_path: Path) -> None:
+    make_trainer(photo_folder, tmp_path).train()
+    again = make_trainer(photo_folder, tmp_path)
+    assert again.resume() and again.finished
+    assert again.train()
+    assert again.done_steps == STEPS
+
+
+def test_resume_without_a_checkpoint_starts_anew(photo_folder: Path, tmp_path: Path) -> None:
+    trainer = make_trainer(photo_folder, tmp_path)
+    assert not trainer.resume()
+
+
+def test_resume_names_what_differs(photo_folder: Path, tmp_path: Path) -> None:
+    make_trainer(photo_folder, tmp_path / "run", max_steps=1).train()
+    other = recipe_from_dict(TINY | {"seed": 9, "loss": {"pixel": "l1"}})
+    with pytest.raises(CheckpointError) as caught:
+        make_trainer(photo_folder, tmp_path / "run", recipe=other).resume()
+    assert 'seed: 1 before, 9 now; loss.pixel: "charbonnier" before, "l1" now' in str(caught.value)
+    (photo_folder / "photo0.png").unlink()
+    with pytest.raises(CheckpointError, match="photographs: those of 'photos' before, of 'photos' now"):
+        make_trainer(photo_folder, tmp_path / "run").resume()
+
+
+def test_resume_tells_what_may_change_the_result(
+    photo_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    make_trainer(photo_folder, tmp_path, max_steps=1).train()
+    make_trainer(photo_folder, tmp_path, precision="bf16").resume()
+    assert "precision: fp32 before, bf16 now" in caplog.text
+
+
+@pytest.mark.parametrize("damage", ["position", "tensors", "half"])
+def test_resume_refuses_a_damaged_checkpoint(damage: str, photo_folder: Path, tmp_path: Path) -> None:
+    make_trainer(photo_folder, tmp_path, max_steps=1).train()
+    folder = latest_checkpoint(tmp_path)
+    assert folder is not None
+    if damage == "position":
+        facts = json.loads((folder / "state.json").read_text())
+        del facts["position"]
+        (folder / "state.json").write_text(json.dumps(facts))
+    elif damage == "tensors":
+        save_file({"model.x": torch.zeros(1)}, folder / "state.safetensors")
+    else:
+        (folder / "state.safetensors").write_bytes((folder / "state.safetensors").read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match=folder.name):
+        make_trainer(photo_folder, tmp_path).resume()
+
+
+def test_init_starts_from_another_runs_weights(
+    photo_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = make_trainer(photo_folder, tmp_path / "source", max_steps=10)
+    source.begin()
+    source.train()
+    trainer = make_trainer(photo_folder, tmp_path / "tuned")
+    trainer.start_from_run(tmp_path / "source")
+    assert same(trainer.model.state_dict(), source.ema) and same(trainer.ema, source.ema)
+    assert trainer.done_steps == 0
+    assert (trainer.facts["init"]["stage"], trainer.facts["init"]["steps"]) == ("48", 10)
+    assert "starting from its stage 48 as it stands" in caplog.text
+    trainer.train(stop=lambda: trainer.done_steps == 1)
+    resumed = make_trainer(photo_folder, tmp_path / "tuned")
+    resumed.resume()
+    assert resumed.facts["init"] == trainer.facts["init"]
+
+
+def test_init_refuses_another_network_and_an_empty_run(photo_folder: Path, tmp_path: Path) -> None:
+    source = make_trainer(photo_folder, tmp_path / "source", max_steps=1)
+    source.begin()
+    wider = recipe_from_dict(TINY | {"model": {"options": {"channels": 16, "blocks": [1, 1, 1]}}})
+    with pytest.raises(CheckpointError, match="no stage of this run is finished"):
+        make_trainer(photo_folder, tmp_path / "run").start_from_run(tmp_path / "source")
+    source.train()
+    with pytest.raises(CheckpointError, match=r"do not fit this recipe's network \(fast\): 31 of 32 tensors differ"):
+        make_trainer(photo_folder, tmp_path / "run", recipe=wider).start_from_run(tmp_path / "source")
+
+
+def bad_loss(value: float) -> Any:
+    def loss(sr: Tensor, hr: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        total = (sr - hr).abs().mean() * value
+        return total, {"pixel": total}
+
+    return loss
+
+
+def test_non_finite_steps_are_skipped_and_counted(
+    photo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = make_trainer(photo_folder, tmp_path)
+    good = trainer.loss.forward
+    monkeypatch.setattr(trainer.loss, "forward", bad_loss(float("nan")))
+    before = {key: value.clone() for key, value in trainer.model.state_dict().items()}
+    trainer.train(stop=lambda: trainer.done_steps == 3)
+    assert trainer.non_finite == 3 and "step 2: the loss is nan, skipped" in caplog.text
+    assert same(trainer.model.state_dict(), before)
+    monkeypatch.setattr(trainer.loss, "forward", good)
+    trainer.train(stop=lambda: trainer.done_steps == 4)
+    assert trainer.non_finite == 0
+    assert not same(trainer.model.state_dict(), before)
+
+
+def test_a_gradient_that_is_not_finite_is_skipped(
+    photo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = make_trainer(photo_folder, tmp_path)
+
+    def root_of_zero(sr: Tensor, hr: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        total = (sr * 0).abs().sum().sqrt()  # 0, with the slope of a root at 0
+        return total, {"pixel": total}
+
+    monkeypatch.setattr(trainer.loss, "forward", root_of_zero)
+    before = {key: value.clone() for key, value in trainer.model.state_dict().items()}
+    trainer.train(stop=lambda: trainer.done_steps == 1)
+    assert "the gradient is nan, skipped" in caplog.text
+    assert same(trainer.model.state_dict(), before)
+
+
+def test_ten_in_a_row_end_the_run_at_the_last_good_checkpoint(
+    photo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = StageConfig(name="32", size=32, batch=2, phases=(PhaseConfig(epochs=20.0),))
+    recipe = replace(recipe_from_dict(TINY), stages=(stage,))
+    trainer = make_trainer(photo_folder, tmp_path, recipe=recipe, checkpoint_seconds=0)
+    trainer.train(stop=lambda: trainer.done_steps == 2)
+    monkeypatch.setattr(trainer.loss, "forward", bad_loss(float("inf")))
+    with pytest.raises(DivergedError, match=rf"{MAX_NON_FINITE} steps in a row; last good checkpoint: .*step-0+2;"):
+        trainer.train()
+    assert latest_checkpoint(tmp_path) == tmp_path / "checkpoints" / "step-000000002"
+
+
+def test_an_absurd_learning_rate_ends_the_run(photo_folder: Path, tmp_path: Path) -> None:
+    stage = StageConfig(name="32", size=32, batch=2, phases=(PhaseConfig(epochs=20.0, learning_rate=1e30),))
+    recipe = replace(recipe_from_dict(TINY), stages=(stage,))
+    trainer = make_trainer(photo_folder, tmp_path, recipe=recipe, checkpoint_seconds=0)
+    with pytest.raises(DivergedError, match=r"not finite.*; last good checkpoint: .*; lower the learning rate"):
+        trainer.train()
+    folder = latest_checkpoint(tmp_path)
+    if folder is not None:
+        assert all(torch.isfinite(value).all() for value in load_checkpoint(folder).tensors.values())
+
+
+def test_out_of_memory_names_batch_and_size(
+    photo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make_trainer(photo_folder, tmp_path)
+
+    def exhausted(sr: Tensor, hr: Tensor) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(trainer.loss, "forward", exhausted)
+    with pytest.raises(ResourceError, match=r"batch 2 at size 32 \(stage 32\); try --set stages.0.batch=1"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("name", ["panels", "log.jsonl", "checkpoints", "stages", "loss.png"])
+def test_an_unwritable_part_of_the_run_folder_is_told(name: str, photo_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    out.mkdir()
+    if name in ("log.jsonl", "loss.png"):
+        (out / name).mkdir()
+    else:
+        (out / name).write_text("")
+    trainer = make_trainer(photo_folder, out)
+    with pytest.raises(ResourceError, match=r"(could not|cannot) be written"):
+        trainer.train()
+
+
+def test_the_rate_finder_leaves_no_trace(photo_folder: Path, tmp_path: Path) -> None:
+    trainer = make_trainer(photo_folder, tmp_path / "run")
+    before = {key: value.clone() for key, value in trainer.model.state_dict().items()}
+    rate = find_rate(trainer, tmp_path / "find_lr.png")
+    assert 1e-7 < rate < 10
+    assert (tmp_path / "find_lr.png").is_file()
+    assert same(trainer.model.state_dict(), before) and same(trainer.ema, before)
+    assert (trainer.optimizers, trainer.done_steps, trainer.non_finite) == ([], 0, 0)
+    assert trainer.position == (0, 0, 0)
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in trainer.model.parameters())
+    fresh = make_trainer(photo_folder, tmp_path / "fresh")
+    trainer.train()
+    fresh.train()
+    assert same(trainer.model.state_dict(), fresh.model.state_dict())
+
+
+@pytest.mark.parametrize("good_steps", [0, 30])
+def test_the_rate_finder_stops_at_an_infinite_loss(
+    good_steps: int, photo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make_trainer(photo_folder, tmp_path)
+    steps = []
+    good = trainer.loss.forward
+
+    def worse(sr: Tensor, hr: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        steps.append(sr)
+        return good(sr, hr) if len(steps) <= good_steps else bad_loss(float("inf"))(sr, hr)
+
+    monkeypatch.setattr(trainer.loss, "forward", worse)
+    if good_steps:
+        find_rate(trainer, tmp_path / "find_lr.png")
+    else:
+        with pytest.raises(DivergedError, match="non-finite loss after 0 steps"):
+            find_rate(trainer, tmp_path / "find_lr.png")
+    assert len(steps) == good_steps + 1
+    assert trainer.non_finite == 0
+
+
+def write_resnet18(folder: Path) -> None:
+    import torchvision
+
+    network = torchvision.models.resnet18(weights=None)
+    state = {key: value for key, value in network.state_dict().items() if not key.startswith(("layer4", "fc"))}
+    save_file(state, folder / RESNET18_FILE)
+
+
+def test_a_frozen_phase_holds_the_pretrained_convolutions_alone(photo_folder: Path, tmp_path: Path) -> None:
+    write_resnet18(tmp_path)
+    stage = StageConfig(
+        name="64", size=64, batch=2,
+        phases=(
+            PhaseConfig(name="frozen", learning_rate=1e-3, freeze_encoder=True),
+            PhaseConfig(name="unfrozen", learning_rate=1e-3, encoder_learning_rate=1e-5),
+        ),
+    )  # fmt: skip
+    shipped = load_recipe("perceptual-unet", overrides=("loss.feature_net=''",))
+    recipe = replace(shipped, stages=(stage,), samples_per_epoch=4, validation_pictures=0)
+    trainer = make_trainer(photo_folder, tmp_path / "run", recipe=recipe, weights=tmp_path)
+    model = trainer.model
+    assert isinstance(model, PerceptualUNet)
+    before = {key: value.clone() for key, value in model.encoder.state_dict().items()}
+
+    def moved() -> set[str]:
+        return {key for key, value in model.encoder.state_dict().items() if not torch.equal(value, before[key])}
+
+    convolutions = {name for name, value in before.items() if value.ndim == 4}
+    pretrained = {name for name in convolutions if name in model.pretrained}
+    trainer.train(stop=lambda: trainer.done_steps == 2)
+    assert not moved() & pretrained
+    assert convolutions - pretrained <= moved()  # layer4 and the inserted blocks
+    norms = {name for name, module in model.encoder.named_modules() if isinstance(module, nn.BatchNorm2d)}
+    assert {f"{name}.running_mean" for name in norms} <= moved()
+    assert {f"{name}.weight" for name in norms} <= moved()
+
+    trainer.train(stop=lambda: trainer.done_steps == 3)
+    rates = [group["highest_rate"] for group in trainer.parameter_groups()]
+    assert rates == pytest.approx([1e-5, 1e-4, 1e-3])
+    assert pretrained <= moved()
+
+
+def test_sizes_must_lie_on_the_networks_grid(tmp_path: Path) -> None:
+    stage = StageConfig(name="40", size=40)
+    with pytest.raises(RecipeError, match="stage '40': size 40 is not a multiple of 16, the network's"):
+        Trainer(replace(Recipe(), stages=(stage,)), tmp_path, weights=None, settings=Settings(device="cpu"))
+
+
+@pytest.mark.parametrize("name", ["gpu", "mps", "cuda:99"])
+def test_a_device_that_is_not_there_is_refused(name: str) -> None:
+    with pytest.raises(TrainError, match=f"--device {name}: "):
+        choose_device(name)
+
+
+def test_phase_steps_cover_the_epochs() -> None:
+    recipe = Recipe()
+    stage = StageConfig(batch=8)
+    assert phase_steps(recipe, stage, PhaseConfig(epochs=2.0), 100) == 25
+    assert phase_steps(replace(recipe, samples_per_epoch=10), stage, PhaseConfig(epochs=1.0), 100) == 2
+    assert phase_steps(recipe, stage, PhaseConfig(epochs=0.001), 100) == 1
+
+
+def test_random_weights_are_recorded(photo_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    recipe = recipe_from_dict(TINY | {"loss": {"feature_net": "squeezenet1_1"}})
+    with caplog.at_level(logging.WARNING):
+        trainer = make_trainer(photo_folder, tmp_path, recipe=recipe, weights="random")
+    assert trainer.facts["weights"] == "random"
+    assert "squeezenet1_1 starts from random weights, as --weights random asks" in caplog.text
+    trainer.train(stop=lambda: trainer.done_steps == 1)
+    assert set(read_log(tmp_path)[0]["terms"]) == {"pixel", "features", "style"}

@@ -1,0 +1,170 @@
+"""Recipes: what loads, what is refused and how the refusal reads."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+
+from train.errors import CheckpointError, RecipeError, ResourceError
+from train.models import BUILDERS
+from train.recipe import PhaseConfig, Recipe, differences, load_recipe, recipe_from_dict, recipe_names
+from train.run_folder import append_log, cut_log, load_run, read_log, write_run
+
+
+def test_shipped_recipes() -> None:
+    assert recipe_names() == ["fast", "fast-perceptual", "perceptual-unet"]
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_shipped_recipe_loads(name: str) -> None:
+    recipe = load_recipe(name)
+    assert recipe.name == name
+    assert recipe.model.name in BUILDERS
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_recipes_survive_json(name: str) -> None:
+    recipe = load_recipe(name)
+    assert recipe_from_dict(json.loads(json.dumps(asdict(recipe)))) == recipe
+
+
+def test_perceptual_unet_follows_the_lesson() -> None:
+    recipe = load_recipe("perceptual-unet")
+    assert [(stage.size, stage.batch) for stage in recipe.stages] == [(128, 32), (256, 12), (512, 4)]
+    assert [[phase.learning_rate for phase in stage.phases] for stage in recipe.stages] == [
+        [1e-2, 1e-3],
+        [1e-3, 1e-4],
+        [1e-3, 1e-4],
+    ]
+    assert all([phase.freeze_encoder for phase in stage.phases] == [True, False] for stage in recipe.stages)
+    assert recipe.stages[0].phases[1].encoder_learning_rate == 1e-5
+    assert (recipe.loss.pixel, recipe.loss.feature_net) == ("l1_normalised", "vgg16_bn")
+    assert (recipe.loss.feature_weights, recipe.loss.style_weight) == ((5.0, 15.0, 2.0), 5e3)
+    assert (recipe.optimizer.div, recipe.optimizer.final_div, recipe.optimizer.weight_decay) == (25.0, 2.5e5, 1e-3)
+    assert (recipe.degrade.resize, recipe.degrade.jpeg_quality) == ("bilinear", (10, 70))
+
+
+def test_fast_perceptual_goes_on_from_fast() -> None:
+    fast, tuned = load_recipe("fast"), load_recipe("fast-perceptual")
+    assert tuned.model == fast.model and tuned.degrade == fast.degrade
+    assert tuned.loss.pixel_weight and tuned.loss.colour_weight
+    assert tuned.loss.feature_net != "squeezenet1_1"  # which measures the result
+
+
+def test_a_recipe_is_read_from_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text("seed = 7\n[[stages]]\nname = 'a'\nphases = [{ epochs = 2 }]\n")
+    recipe = load_recipe(str(path))
+    assert (recipe.name, recipe.seed) == ("mine", 7)
+    assert recipe.stages[0].phases == (PhaseConfig(epochs=2.0),)
+
+
+def test_overrides() -> None:
+    recipe = load_recipe(
+        "fast", overrides=("loss.pixel=l1", "stages.1.batch=4", "stages.0.phases.0.epochs=2", "model.scales=[4]")
+    )
+    assert recipe.loss.pixel == "l1"
+    assert recipe.stages[1].batch == 4 and recipe.stages[0].batch == 16
+    assert recipe.stages[0].phases[0].epochs == 2.0
+    assert recipe.model.scales == (4,)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("loss.pixl=l1", r"recipe.loss: unknown key 'pixl', did you mean 'pixel'\?"),
+        ("sede=1", r"recipe: unknown key 'sede', did you mean 'seed'\?"),
+        ("seed=one", "recipe.seed: expected int, got 'one'"),
+        ("seed=1.5", "recipe.seed: expected int, got 1.5"),
+        ("seed=true", "recipe.seed: expected int, got True"),
+        ("seed=-1", "seed: expected a number that is not negative"),
+        ("loss.pixel=3", "recipe.loss.pixel: expected str, got 3"),
+        ("loss=3", "recipe.loss: expected a table, got 3"),
+        ("stages=3", "recipe.stages: expected a list, got 3"),
+        ("degrade.jpeg_quality=[1,2,3]", "recipe.degrade.jpeg_quality: expected 2 values, got 3"),
+        ("degrade.jpeg_quality=[70,10]", r"degrade.jpeg_quality: expected \[lowest, highest\]"),
+        ("degrade.noise_probability=2", "degrade.noise_probability: expected a share from 0 to 1"),
+        ("degrade.resize=lanczos", "degrade.resize: expected one of bicubic, bilinear"),
+        ("optimizer.ema_decay=1", "optimizer.ema_decay: expected 0 <= ema_decay < 1"),
+        ("stages.5.batch=1", "--set stages.5.batch: '5' is not an index below 2"),
+        ("stages.x.batch=1", "'x' is not an index below 2"),
+        ("name.a.b=1", "--set name.a.b: name.a has no named values"),
+        ("seed", "--set seed: expected key=value"),
+        ("stages.0.name=192", "stages.0.name: expected str, got 192"),
+        ("stages.0.name='192'", "stages need distinct names"),
+        ("stages.0.name=../up", "expected a name of letters, digits"),
+        ("stages.0.size=97", "size 97 is not a multiple of"),
+        ("stages.0.batch=0", "expected size >= 16, batch >= 1 and a phase"),
+        ("stages.0.phases=[]", "expected size >= 16, batch >= 1 and a phase"),
+        ("stages.0.phases.0.epochs=0", "stage '96', phase 'all': expected epochs > 0 and learning_rate > 0"),
+        ("stages.0.phases.0.learning_rate=nan", "expected epochs > 0 and learning_rate > 0"),
+        ("model.scales=[]", "model.scales: expected at least one scale"),
+    ],
+)
+def test_a_wrong_override_is_refused(override: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        load_recipe("fast", overrides=(override,))
+
+
+def test_unknown_and_broken_recipes_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="unknown recipe 'fsat': one of fast, fast-perceptual, perceptual-unet"):
+        load_recipe("fsat")
+    broken = tmp_path / "broken.toml"
+    broken.write_text("seed = = 1")
+    with pytest.raises(RecipeError, match="not a TOML file"):
+        load_recipe(str(broken))
+
+
+def test_differences_name_keys_with_both_values() -> None:
+    before = asdict(load_recipe("fast"))
+    after = asdict(load_recipe("fast", overrides=("seed=2", "stages.0.batch=8", "loss.pixel=l1")))
+    assert differences(before, before) == []
+    assert differences(json.loads(json.dumps(before)), json.loads(json.dumps(after))) == [
+        "seed: 1 before, 2 now",
+        'loss.pixel: "charbonnier" before, "l1" now',
+        "stages.0.batch: 16 before, 8 now",
+    ]
+    assert differences({"a": 1}, {"b": [1]}) == ["a: 1 before, null now", "b: null before, [1] now"]
+
+
+def test_a_run_folder_gives_its_recipe_back(tmp_path: Path) -> None:
+    recipe = replace(Recipe(), seed=5)
+    write_run(tmp_path / "run", recipe, {"steps": 3})
+    assert load_run(tmp_path / "run") == recipe
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["recipe.json", "run.json"]
+
+
+@pytest.mark.parametrize("content", [None, "{", '{"sede": 1}', "[]"])
+def test_a_folder_that_is_no_run_is_refused(content: str | None, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / "recipe.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"not a run of sr-train"):
+        load_run(tmp_path)
+
+
+def test_the_log_is_cut_where_a_run_goes_on(tmp_path: Path) -> None:
+    for steps in (1, 5, 9):
+        append_log(tmp_path, {"done_steps": steps})
+    with open(tmp_path / "log.jsonl", "a", encoding="utf-8") as file:
+        file.write('{"done_steps": 1')  # a killed process
+    assert [entry["done_steps"] for entry in read_log(tmp_path)] == [1, 5, 9]
+    cut_log(tmp_path, 5)
+    append_log(tmp_path, {"done_steps": 6})
+    assert (tmp_path / "log.jsonl").read_text() == '{"done_steps": 1}\n{"done_steps": 5}\n{"done_steps": 6}\n'
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this system")
+def test_a_full_disk_is_told(tmp_path: Path) -> None:
+    (tmp_path / "log.jsonl").symlink_to("/dev/full")
+    with pytest.raises(ResourceError, match=r"log.jsonl: cannot be written \(No space left on device\)"):
+        append_log(tmp_path, {"done_steps": 1})
+
+
+def test_an_unwritable_run_folder_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ResourceError, match=r"recipe.json: cannot be written \(.*\); free space or choose --out"):
+        write_run(tmp_path / "file" / "run", Recipe(), {})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]

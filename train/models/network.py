@@ -1,0 +1,40 @@
+"""What training and export ask of a network."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+
+class Network(nn.Module, ABC):
+    """Base of every network; a plain one defines `forward` and `stride` and sets `scales`."""
+
+    scales: tuple[int, ...]
+
+    @abstractmethod
+    def forward(self, lr: Tensor, scale: int) -> Tensor:
+        """Enlarge (N, 3, h, w) float RGB in [0, 1] to (N, 3, h*scale, w*scale), not clamped."""
+
+    @abstractmethod
+    def stride(self, scale: int) -> int:
+        """Give the grid, in LR pixels, that heights and widths must lie on."""
+
+    def layer_groups(self) -> list[nn.Module]:
+        """Give the parts with a learning rate of their own, input end first."""
+        return [self]
+
+    def freezable_parameters(self) -> list[Tensor]:
+        """Give the pretrained parameters that a frozen phase holds still."""
+        return []
+
+    def hidden_weights(self) -> list[Tensor]:
+        """Give the weights that Muon may take: matrices between hidden activations."""
+        return []
+
+    def fold(self) -> None:
+        """Turn training-time parametrisations (weight norm, batch norm) into plain weights, in place, in eval mode."""
+        for module in list(self.modules()):
+            if parametrize.is_parametrized(module):
+                parametrize.remove_parametrizations(module, "weight")
