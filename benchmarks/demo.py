@@ -19,13 +19,17 @@ from .pictures import BICUBIC, BILINEAR, enlarge, read_picture
 
 # NASA's portrait of Eileen Collins, public domain, as distributed with scikit-image.
 PHOTOGRAPH = Path(__file__).parent.parent / "export" / "pictures" / "astronaut.webp"
-CROP = (slice(40, 296), slice(120, 376))  # of the original: the face, 256 x 256
+CROP = 160  # pixels of the original that the panel shows, enlarged
+ZOOM = 2
+FACE = (62, 168)  # top and left of the crop in the photograph above
 REPEATS = 5
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("photograph", type=click.Path(path_type=Path), default=PHOTOGRAPH)
-@click.option("--out", type=click.Path(path_type=Path), default=Path("demo"), show_default=True, help="Folder to write.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), default=Path("demo"), show_default=True, help="Folder to write."
+)
 @click.option("--model", help="A shipped model or a bundle folder.")
 def main(photograph: Path, out: Path, model: str | None) -> None:
     """Reduce PHOTOGRAPH, enlarge it again, and write the result and a side-by-side panel."""
@@ -55,7 +59,9 @@ def run(photograph: Path, out: Path, model: str | None) -> None:
     except OSError as exc:
         raise click.ClickException(f"{out}: cannot be made ({exc.strerror})") from exc
     names = {"picture": out / f"{photograph.stem}_x{scale}.png", "panel": out / "panel.png"}
-    for path, image in ((names["picture"], ours), (names["panel"], _panel(lr, bilinear, ours, hr))):
+    middle = (height // 2 - CROP // 2, width // 2 - CROP // 2)
+    panel = _panel(lr, bilinear, ours, hr, corner=FACE if photograph == PHOTOGRAPH else middle)
+    for path, image in ((names["picture"], ours), (names["panel"], panel)):
         files.write(path, image, files.Metadata(), quality=95, overwrite=True)
     click.echo(f"picture  {names['picture']}\npanel    {names['panel']}")
     click.echo(f"model    {info['model']}, {info['engine']} on {info['device']}, {info['precision']}")
@@ -79,18 +85,25 @@ def _psnr_y(sr: np.ndarray, hr: np.ndarray, scale: int) -> float:
     return psnr(luma(sr)[inner, inner], luma(hr)[inner, inner])
 
 
-def _panel(lr: np.ndarray, bilinear: np.ndarray, ours: np.ndarray, hr: np.ndarray) -> np.ndarray:
-    """Show LR, nearest, bilinear, ours and the original, cropped where the picture is larger than the crop."""
-    rows, columns = CROP if min(hr.shape[:2]) >= 376 else (slice(None), slice(None))
-    size = hr[rows, columns].shape[1::-1]
-    nearest = enlarge(lr, hr.shape[0] // lr.shape[0], resample=Image.Resampling.NEAREST)
-    small = Image.new("RGB", size, "white")
-    factor = hr.shape[0] // lr.shape[0]
-    cell = Image.fromarray(nearest[rows, columns]).resize((size[0] // factor, size[1] // factor), Image.Resampling.NEAREST)
-    small.paste(cell, ((size[0] - cell.width) // 2, (size[1] - cell.height) // 2))
-    pictures = (nearest, bilinear, ours, hr)
-    titles = ("nearest", "bilinear", "ours", "original")
-    cells = [(title, Image.fromarray(np.ascontiguousarray(p[rows, columns]))) for title, p in zip(titles, pictures)]
+def _panel(
+    lr: np.ndarray, bilinear: np.ndarray, ours: np.ndarray, hr: np.ndarray, *, corner: tuple[int, int]
+) -> np.ndarray:
+    """Show a crop of LR, nearest, bilinear, ours and the original, each pixel ZOOM times as large."""
+    scale = hr.shape[0] // lr.shape[0]
+    nearest = enlarge(lr, scale, resample=Image.Resampling.NEAREST)
+    height, width = (min(CROP, side) for side in hr.shape[:2])
+    top, left = (min(start, side - CROP) // scale * scale for start, side in zip(corner, hr.shape[:2]))
+    top, left = max(0, top), max(0, left)
+
+    def cell(image: np.ndarray) -> Image.Image:
+        crop = Image.fromarray(np.ascontiguousarray(image[top : top + height, left : left + width]))
+        return crop.resize((width * ZOOM, height * ZOOM), Image.Resampling.NEAREST)
+
+    small = Image.new("RGB", (width * ZOOM, height * ZOOM), "white")
+    reduced = cell(nearest).reduce(scale)
+    small.paste(reduced, ((small.width - reduced.width) // 2, (small.height - reduced.height) // 2))
+    titles = ("nearest", "bilinear", "sr-sdk", "original")
+    cells = [(title, cell(picture)) for title, picture in zip(titles, (nearest, bilinear, ours, hr))]
     return side_by_side([("low resolution", small), *cells])
 
 

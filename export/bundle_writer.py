@@ -69,7 +69,8 @@ def export_run(
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
         temporary.mkdir(parents=True)
-        stages, facts = [], {}
+        stages: list[Stage] = []
+        facts: dict[str, Any] = {}
         for config in done:
             stage, facts = _export_stage(run, recipe, config, scale, temporary, options, report)
             stages.append(stage)

@@ -7,6 +7,8 @@ import copy
 import torch
 from torch import nn
 
+from train.models import Network
+
 from .errors import ExportError
 
 
@@ -24,6 +26,6 @@ def round_weights(network: nn.Module) -> None:
         parameter.copy_(rounded)
 
 
-def in_half(network: nn.Module) -> nn.Module:
+def in_half(network: Network) -> Network:
     """Copy a network with fp16 weights and arithmetic."""
     return copy.deepcopy(network).half()

@@ -21,6 +21,7 @@ from .to_onnx import DeployGraph
 
 LOG = logging.getLogger(__name__)
 PICTURES = Path(__file__).parent / "pictures"
+SPARE = 4  # strides by which a picture must exceed a window that is compared with it
 MAX_FP32_ERROR = 1  # code values against PyTorch
 MIN_PSNR_DB = {"fp16": 50.0, "bf16": 45.0}
 
@@ -114,14 +115,14 @@ def measure_halo(
     *,
     stride: int,
     scale: int,
-    positions: int = 16,
     seed: int = 0,
 ) -> tuple[HaloRow, ...]:
     """Find the smallest context with which a tile differs from the whole picture by at most 1 code value.
 
     run: (1, h, w, 3) uint8 -> (1, h*scale, w*scale, 3) uint8. pictures: real ones; noise is added here.
-    For each context, tiles of two strides are cut at `positions` random places on the grid of each picture. The
-    context is doubled until it is enough, then halved in on; each one measured is a row of the result.
+    For each context, tiles of two strides are cut at 16 random places on the grid of each picture, large windows at
+    fewer, down to 4. The context is doubled until it is enough, then halved in on; each one measured is a row of the
+    result.
     Returns: rows of rising context. The error never rises with it: a worse one further on replaces those before.
     Raises: ExportError if no context up to the pictures' size is enough.
     """
@@ -131,15 +132,17 @@ def measure_halo(
     sources = [_square(picture, stride) for picture in pictures] + [noise]
     wholes = [run(source[None])[0] for source in sources]
     tile = 2 * stride
-    most = (largest - tile) // (2 * stride)  # in strides, as all contexts below
+    # In strides, as all contexts below. A window as large as the picture would tell nothing.
+    most = (largest - tile) // (2 * stride) - SPARE // 2
 
     def measure(context: int) -> int:
         halo = context * stride
         span = tile + 2 * halo
+        positions = int(np.clip((1 << 20) // span**2, 4, 16))
         worst = 0
         for source, whole in zip(sources, wholes, strict=True):
             room = (source.shape[0] - span) // stride
-            for _ in range(positions if room >= 0 else 0):
+            for _ in range(positions if room >= SPARE else 0):
                 top, left = (int(value) * stride for value in rng.integers(0, room + 1, 2))
                 result = run(source[None, top : top + span, left : left + span])[0]
                 inner = slice(halo * scale, (halo + tile) * scale)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 import sys
@@ -161,11 +162,13 @@ def test_halo_measurement_finds_a_known_receptive_field():
 
 
 def test_halo_measurement_asks_for_larger_pictures():
-    def shifting(batch: np.ndarray) -> np.ndarray:  # depends on the window itself, so no context is enough
-        return batch + np.uint8(batch.shape[1] % 200)
+    calls = itertools.count(1)
+
+    def drifting(batch: np.ndarray) -> np.ndarray:  # never twice the same, so no context is enough
+        return batch + np.uint8(next(calls) * 3 % 250)
 
     with pytest.raises(ExportError, match="larger pictures"):
-        verify.measure_halo(shifting, [np.zeros((64, 64, 3), np.uint8)], stride=8, scale=1)
+        verify.measure_halo(drifting, [np.zeros((96, 96, 3), np.uint8)], stride=8, scale=1)
 
 
 def test_parity_failure_names_stage_precision_picture_and_place():

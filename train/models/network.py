@@ -38,3 +38,6 @@ class Network(nn.Module, ABC):
         for module in list(self.modules()):
             if parametrize.is_parametrized(module):
                 parametrize.remove_parametrizations(module, "weight")
+                # Without gradients PyTorch leaves a plain tensor, which no export would find among the parameters.
+                assert isinstance(module.weight, Tensor)
+                module.weight = nn.Parameter(module.weight.detach())

@@ -54,7 +54,9 @@ class ShuffleUp(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.shuffle(self.conv(x)))
         # Replication pad and a 2x2 mean: evens out the sub-pixel phases that training brings apart.
-        return F.avg_pool2d(F.pad(x, (1, 0, 1, 0), mode="replicate"), 2, stride=1)
+        # The pad is written as concatenation: ONNX's Pad of opset 18 has no way back to the 17 that is exported.
+        x = torch.cat((x[:, :, :1], x), dim=2)
+        return F.avg_pool2d(torch.cat((x[:, :, :, :1], x), dim=3), 2, stride=1)
 
 
 class SelfAttention(nn.Module):

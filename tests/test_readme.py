@@ -1,0 +1,66 @@
+"""The README's own words: its snippets run, its commands exist, its tables are what was measured."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.readme import fill_tables
+
+ROOT = Path(__file__).parent.parent
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+SNIPPETS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+COMMANDS = {
+    "sr-upscale": "sdk.cli",
+    "sr-train": "train.cli",
+    "sr-export": "export.cli",
+}
+
+
+@pytest.mark.parametrize("snippet", SNIPPETS, ids=range(len(SNIPPETS)))
+def test_snippet_runs(snippet, tmp_path, photo_folder):
+    shutil.copy(next(iter(sorted(photo_folder.glob("*.jpg")))), tmp_path / "photo.jpg")
+    subprocess.run(
+        [sys.executable, "-W", "error", "-c", snippet],
+        cwd=tmp_path,
+        check=True,
+        timeout=120,
+        env={"PYTHONPATH": str(ROOT), "SR_CACHE_DIR": str(tmp_path / "cache"), "PATH": "/usr/bin:/bin"},
+    )
+
+
+def command_lines() -> list[str]:
+    return [line.strip() for line in TEXT.splitlines() if line.startswith("    sr-")]
+
+
+@pytest.mark.parametrize("line", command_lines())
+def test_command_takes_the_options_shown(line):
+    program, *arguments = shlex.split(line)
+    command = importlib.import_module(COMMANDS[program]).main
+    context = command.make_context(program, arguments, resilient_parsing=False)
+    assert context.params
+
+
+def test_every_option_named_in_the_text_exists():
+    known = set()
+    for module in (*COMMANDS.values(), "benchmarks.cli"):
+        main = importlib.import_module(module).main
+        for command in (main, *getattr(main, "commands", {}).values()):
+            known |= {option for parameter in command.params for option in parameter.opts}
+    assert set(re.findall(r"`(--[a-z-]+)", TEXT)) <= known
+
+
+def test_tables_are_what_was_measured():
+    assert fill_tables(TEXT) == TEXT
+
+
+def test_pictures_and_files_named_exist():
+    for target in re.findall(r"\]\(([^)#:]+)\)", TEXT):
+        assert (ROOT / target).is_file(), target
