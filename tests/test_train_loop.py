@@ -268,6 +268,15 @@ def test_an_absurd_learning_rate_ends_the_run(photo_folder: Path, tmp_path: Path
         assert all(torch.isfinite(value).all() for value in load_checkpoint(folder).tensors.values())
 
 
+def test_weights_that_are_not_finite_are_never_saved(photo_folder: Path, tmp_path: Path) -> None:
+    trainer = make_trainer(photo_folder, tmp_path)
+    with torch.no_grad():
+        next(trainer.model.parameters())[0] = float("inf")
+    with pytest.raises(DivergedError, match=r"weights are not finite any more .*; last good checkpoint: none"):
+        trainer.save()
+    assert latest_checkpoint(tmp_path) is None
+
+
 def test_out_of_memory_names_batch_and_size(
     photo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
