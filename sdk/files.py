@@ -142,7 +142,7 @@ def write(path: Path, image: np.ndarray, metadata: Metadata, *, quality: int, ov
         options["quality"] = quality
     if kind == "JPEG":
         options["subsampling"] = 0
-    if kind == "TIFF":
+    if kind == "TIFF" and not metadata.exif:  # with compression Pillow cannot write EXIF's tables (GPS, exposure)
         options["compression"] = "tiff_adobe_deflate"
     if kind != "BMP" and metadata.exif:
         options["exif"] = metadata.exif

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import queue
@@ -18,12 +19,28 @@ from . import Request
 LOG = logging.getLogger(__name__)
 MIN_BF16_PSNR_DB = 45.0
 KEPT_SHAPES = 4  # compiled models held at a time, one for each window shape
+CACHE_BYTES = 512 << 20  # of compiled models on disk: every picture size that fits in one piece adds one
 HINTS = {"fp32": "f32", "bf16": "bf16"}
 
 
 def cache_dir() -> Path:
     """Give the folder for compiled models: SR_CACHE_DIR, else ~/.cache/sr-sdk."""
     return Path(os.environ.get("SR_CACHE_DIR") or Path.home() / ".cache" / "sr-sdk")
+
+
+def prune_cache(folder: Path) -> None:
+    """Delete the oldest compiled models until the folder holds at most CACHE_BYTES."""
+    found = []
+    for path in folder.glob("*.blob"):
+        with contextlib.suppress(OSError):  # another process prunes too
+            found.append((path.stat().st_mtime, path.stat().st_size, path))
+    total = sum(size for _, size, _ in found)
+    for _, size, path in sorted(found):
+        if total <= CACHE_BYTES:
+            return
+        total -= size
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 def open_backend(request: Request) -> OpenVinoBackend:
@@ -102,6 +119,8 @@ class OpenVinoBackend:
                 model = self._core.read_model(self._graph)
                 model.reshape(list(shape))
                 self._shapes[shape] = _Requests(self._core.compile_model(model, "CPU", self._config))
+                if "CACHE_DIR" in self._config:
+                    prune_cache(Path(self._config["CACHE_DIR"]))
                 if len(self._shapes) > KEPT_SHAPES:
                     self._shapes.popitem(last=False)
             self._shapes.move_to_end(shape)

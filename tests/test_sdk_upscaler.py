@@ -1,0 +1,421 @@
+"""Upscaler: options, memory, many pictures, what it tells about itself."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import bundles
+import numpy as np
+import pytest
+from PIL import Image
+
+from sdk import BackendError, ImageError, OptionError, OutOfMemory, SRError, Stats, Upscaler, memory, upscaler
+from sdk.bundle import Bundle
+
+pytest.importorskip("onnxruntime")
+
+
+@pytest.fixture(autouse=True)
+def engine_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SR_CACHE_DIR", str(tmp_path / "cache"))
+
+
+def open_upscaler(kind: str = "blur", **options: object) -> Upscaler:
+    return Upscaler(bundles.shared(kind), **({"backend": "onnxruntime", "device": "cpu"} | options))
+
+
+def photo(height: int = 12, width: int = 15, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+class FakeBackend:
+    """Repeats pixels; `failures(shape)` may raise."""
+
+    name, device, precision, engine, batch = "fake", "cpu", "fp32", "fake 1", 1
+
+    def __init__(self, failures=lambda shape: None):
+        self.failures = failures
+        self.shapes: list[tuple[int, ...]] = []
+
+    def run(self, batch: np.ndarray) -> np.ndarray:
+        self.shapes.append(batch.shape)
+        self.failures(batch.shape)
+        return batch.repeat(2, axis=1).repeat(2, axis=2)
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.fixture
+def with_backend(monkeypatch: pytest.MonkeyPatch):
+    """Give `with_backend(fake, **options)`, an Upscaler of the strided network's geometry that runs a fake engine."""
+
+    def make(fake: object, kind: str = "unet", **options: object) -> Upscaler:
+        monkeypatch.setattr(upscaler, "open_backend", lambda name, request: fake)
+        return Upscaler(bundles.shared(kind), **options)
+
+    return make
+
+
+def doubled(image: np.ndarray) -> np.ndarray:
+    return image.repeat(2, axis=0).repeat(2, axis=1)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"seams": "none"}, {"seams": None}, {"batch": 0}, {"batch": -1}, {"batch": "two"}, {"batch": 1.5},
+        {"batch": None},
+        {"batch": True}, {"stage": "1024"}, {"stage": 64}, {"stage": None},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_options_out_of_range(options: dict[str, object]) -> None:
+    with pytest.raises(OptionError) as caught:
+        open_upscaler(**options)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("tile", [0, -1, 1.5, "64", True, (8, 8)])
+def test_tiles_out_of_range(tile: object) -> None:
+    with open_upscaler() as opened, pytest.raises(OptionError, match="tile"):
+        opened.upscale(photo(), tile=tile)
+
+
+def test_tiles_beyond_the_picture_are_one_piece() -> None:
+    with open_upscaler() as opened:
+        opened.upscale(photo(), tile=10**9)
+        assert opened.stats.tiles == 1
+
+
+def test_stages_are_chosen_by_name() -> None:
+    with open_upscaler(stage="main") as opened, open_upscaler() as automatic:
+        assert opened.info["stage"] == automatic.info["stage"] == "main"
+
+
+def test_info_says_what_runs() -> None:
+    with open_upscaler("unet", batch=2) as opened:
+        info = opened.info
+        assert opened.scale == 2
+    expected = {
+        "model": "unet", "scale": 2, "stage": "main", "backend": "onnxruntime", "device": "cpu", "precision": "fp32",
+        "seams": "exact", "halo": 40, "stride": 8, "batch": 2,
+    }  # fmt: skip
+    assert {key: info[key] for key in expected} == expected
+    assert info["engine"].startswith("onnxruntime ") and info["one_piece_pixels"] > 0
+
+
+def test_stats_count_pictures_tiles_and_pixels() -> None:
+    with open_upscaler() as opened:
+        assert opened.stats == Stats()
+        opened.upscale(photo(12, 15))
+        opened.upscale(photo(12, 15), tile=6)
+        stats = opened.stats
+        assert (stats.pictures, stats.pixels, stats.retries) == (2, 2 * 12 * 15, 0)
+        assert stats.tiles == 1 + 2 * 3 and stats.seconds > 0
+        with pytest.raises(ImageError):
+            opened.upscale(photo().astype(np.float64))
+        assert opened.stats == stats
+    assert opened.stats == stats
+
+
+def test_stats_of_eight_threads_add_up() -> None:
+    with open_upscaler() as opened, ThreadPoolExecutor(8) as pool:
+        list(pool.map(opened.upscale, [photo()] * 40))
+        assert opened.stats.pictures == 40 and opened.stats.tiles == 40
+
+
+@pytest.mark.parametrize("seams", ["exact", "fast"])
+def test_eight_threads_do_not_mix_pictures(seams: str) -> None:
+    images = [photo(60 + n % 3, 90, seed=n) for n in range(24)]
+    with open_upscaler("unet", seams=seams) as opened:
+        expected = [opened.upscale(image, tile=8) for image in images]
+        with ThreadPoolExecutor(8) as pool:
+            results = list(pool.map(lambda image: opened.upscale(image, tile=8), images))
+    for result, one in zip(results, expected, strict=True):
+        np.testing.assert_array_equal(result, one)
+
+
+def test_batches_do_not_change_the_picture() -> None:
+    image = photo(100, 110)
+    results = []
+    for batch in (1, 2, 5, 64):
+        with open_upscaler("unet", batch=batch) as opened:
+            results.append(opened.upscale(image, tile=16).astype(int))
+    for result in results:
+        assert abs(result - results[0]).max() <= 1
+
+
+def test_a_batch_shares_the_memory_of_one_window() -> None:
+    with open_upscaler("unet", batch=1) as one, open_upscaler("unet", batch=4) as four:
+        assert four.info["one_piece_pixels"] <= one.info["one_piece_pixels"]
+
+
+def test_the_plan_is_fixed_when_the_upscaler_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    with open_upscaler("unet") as opened:
+        before = opened.info["one_piece_pixels"]
+        monkeypatch.setattr(memory, "budget_bytes", lambda: 0)
+        opened.upscale(photo(200, 200))
+        assert opened.stats.tiles == 1 and opened.info["one_piece_pixels"] == before
+    with open_upscaler("unet") as small:  # at least a window with its halo
+        assert small.info["one_piece_pixels"] >= 88 * 88
+        small.upscale(photo(200, 200))
+        assert small.stats.tiles > 1
+
+
+def test_closed_upscalers_refuse() -> None:
+    opened = open_upscaler()
+    with opened as same:
+        assert same is opened
+        opened.upscale(photo())
+    opened.close()
+    for call in (lambda: opened.upscale(photo()), opened.warmup, lambda: opened.upscale(photo().astype(np.uint16))):
+        with pytest.raises(BackendError, match="closed"):
+            call()
+    assert opened.info["model"] == "blur" and opened.stats.pictures == 1
+
+
+def test_closing_while_others_run_gives_pictures_or_errors() -> None:
+    opened = open_upscaler("unet")
+    image = photo(80, 90)
+    expected = opened.upscale(image, tile=8)
+
+    def attempt(_: int) -> bool:
+        try:
+            np.testing.assert_array_equal(opened.upscale(image, tile=8), expected)
+        except BackendError:
+            return False
+        return True
+
+    with ThreadPoolExecutor(4) as pool:
+        futures = [pool.submit(attempt, n) for n in range(30)]
+        futures[0].result()
+        opened.close()
+        assert not all(future.result() for future in futures)
+
+
+def test_warmup_runs_without_counting() -> None:
+    with open_upscaler("unet") as opened:
+        opened.warmup()
+        opened.warmup((33, 70))
+        assert opened.stats.pictures == 0
+        for size in ((0, 5), (-1, 5), (4.5, 3)):
+            with pytest.raises(OptionError, match="warmup"):
+                opened.warmup(size)
+
+
+def test_out_of_memory_halves_the_batch_then_the_window_and_remembers(
+    with_backend, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An engine with room for 12,000 pixels at once."""
+
+    def failures(shape: tuple[int, ...]) -> None:
+        if shape[0] * shape[1] * shape[2] > 12_000:
+            raise OutOfMemory("no room")
+
+    fake = FakeBackend(failures)
+    opened = with_backend(fake, batch=4)
+    image = photo(300, 310)
+    np.testing.assert_array_equal(opened.upscale(image, tile=100), doubled(image))
+    tried = [shape[:3] for shape in fake.shapes]
+    assert tried[:3] == [(4, 184, 184), (2, 184, 184), (1, 184, 184)]
+    assert tried[-1][1] * tried[-1][2] <= 12_000
+    retries = opened.stats.retries
+    assert retries >= 3 and "out of memory" in caplog.text
+    assert opened.info["batch"] == 1 and opened.info["one_piece_pixels"] <= 184 * 184
+    fake.shapes.clear()
+    np.testing.assert_array_equal(opened.upscale(image), doubled(image))
+    assert opened.stats.retries == retries, "the next picture failed first"
+
+
+def test_out_of_memory_in_the_middle_of_a_picture_starts_it_again(with_backend) -> None:
+    calls = itertools.count()
+
+    def failures(shape: tuple[int, ...]) -> None:
+        if next(calls) == 3:
+            raise OutOfMemory("no room")
+
+    opened = with_backend(FakeBackend(failures))
+    image = photo(300, 310)
+    np.testing.assert_array_equal(opened.upscale(image, tile=60), doubled(image))
+    assert opened.stats.retries == 1 and opened.stats.pictures == 1
+
+
+@pytest.mark.parametrize("size", [(300, 310), (1, 1), (8, 5000), (5000, 3)])
+def test_out_of_memory_for_good_ends_in_its_error(with_backend, size: tuple[int, int]) -> None:
+    def failures(shape: tuple[int, ...]) -> None:
+        raise OutOfMemory("no room at all")
+
+    fake = FakeBackend(failures)
+    opened = with_backend(fake, batch=8)
+    with pytest.raises(OutOfMemory, match="no room at all"):
+        opened.upscale(photo(*size))
+    assert 4 <= len(fake.shapes) < 40
+    assert opened.stats.pictures == 0
+
+
+def test_a_canvas_beyond_memory_is_an_error_of_ours(with_backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_memory(*arguments: object, **options: object) -> None:
+        raise MemoryError
+
+    opened, image = with_backend(FakeBackend()), photo()
+    monkeypatch.setattr(upscaler.np, "empty", no_memory)
+    with pytest.raises(OutOfMemory, match="does not fit"):
+        opened.upscale(image)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda result: result[:, :-1],
+        lambda result: result[:, :, :, :1],
+        lambda result: result[:1].repeat(2, axis=0),
+        lambda result: result.astype(np.float32),
+        lambda result: result.astype(np.int8),
+        lambda result: result.transpose(0, 3, 1, 2),
+    ],
+)
+def test_a_wrong_result_is_an_error_never_a_picture(with_backend, wrong) -> None:
+    fake = FakeBackend()
+    right = fake.run
+    fake.run = lambda batch: wrong(right(batch))
+    with pytest.raises(BackendError, match="returned"):
+        with_backend(fake).upscale(photo())
+
+
+def test_nan_from_an_engine_is_an_error(with_backend) -> None:
+    fake = FakeBackend()
+    fake.run = lambda batch: np.full((1, batch.shape[1] * 2, batch.shape[2] * 2, 3), np.nan, np.float32)
+    with pytest.raises(BackendError, match="NaN"):
+        with_backend(fake).upscale(photo().astype(np.float32) / np.float32(255))
+
+
+def test_a_failing_tile_fails_the_picture(with_backend) -> None:
+    calls = itertools.count()
+
+    def failures(shape: tuple[int, ...]) -> None:
+        if next(calls) == 2:
+            raise BackendError("tile three failed")
+
+    with pytest.raises(BackendError, match="tile three failed"):
+        with_backend(FakeBackend(failures)).upscale(photo(300, 300), tile=60)
+
+
+def test_the_float_engine_is_opened_when_needed_in_fp32() -> None:
+    with open_upscaler("unet", precision="fp16") as opened:
+        assert list(opened._backends) == ["uint8"]
+        opened.upscale(photo().astype(np.uint16) * 257)
+        assert opened._backends["float32"].precision == "fp32"
+        assert opened.info["precision"] == "fp16"
+
+
+def test_eight_bit_and_float_agree() -> None:
+    with open_upscaler("unet") as opened:
+        image = photo(40, 44)
+        eight = opened.upscale(image).astype(float)
+        full = opened.upscale(image.astype(np.float32) / np.float32(255)) * 255
+    assert abs(eight - full).max() <= 0.51  # rounding
+
+
+def test_upscale_many_is_in_order_and_yields_errors(tmp_path: Path) -> None:
+    Image.fromarray(photo(seed=3)).save(tmp_path / "good.png")
+    (tmp_path / "bad.png").write_text("no picture")
+    items = [
+        photo(seed=1), Image.fromarray(photo(seed=2)), tmp_path / "good.png", str(tmp_path / "good.png"),
+        tmp_path / "bad.png", photo().astype(np.float64), None, 7, photo(seed=4),
+    ]  # fmt: skip
+    with open_upscaler("identity") as opened:
+        results = list(opened.upscale_many(items))
+    assert len(results) == len(items)
+    np.testing.assert_array_equal(results[0], doubled(photo(seed=1)))
+    assert isinstance(results[1], Image.Image)
+    np.testing.assert_array_equal(np.asarray(results[1]), doubled(photo(seed=2)))
+    for result in results[2:4]:
+        np.testing.assert_array_equal(result, doubled(photo(seed=3)))
+    assert all(isinstance(result, ImageError) for result in results[4:8])
+    np.testing.assert_array_equal(results[8], doubled(photo(seed=4)))
+
+
+def test_upscale_many_is_lazy() -> None:
+    taken = []
+
+    def endless() -> Iterator[np.ndarray]:
+        while True:
+            taken.append(1)
+            yield photo()
+
+    with open_upscaler() as opened:
+        results = opened.upscale_many(endless())
+        assert not taken
+        for count in range(1, 6):
+            next(results)
+            assert len(taken) <= count + 8
+        results.close()
+
+
+def test_upscale_many_ends_its_threads_when_the_consumer_stops() -> None:
+    before = threading.active_count()
+    with open_upscaler() as opened:
+        for _ in range(5):
+            for _ in opened.upscale_many(photo() for _ in range(50)):
+                break
+            list(opened.upscale_many([photo()] * 3))
+            opened.upscale_many([photo()])  # never started
+    for _ in range(100):
+        if threading.active_count() <= before:
+            break
+        time.sleep(0.05)
+    assert threading.active_count() <= before
+
+
+def test_upscale_many_with_a_source_that_fails() -> None:
+    def source() -> Iterator[np.ndarray]:
+        yield photo()
+        raise ZeroDivisionError
+
+    with open_upscaler() as opened, pytest.raises(ZeroDivisionError):
+        list(opened.upscale_many(source()))
+
+
+def test_upscale_many_of_nothing() -> None:
+    with open_upscaler() as opened:
+        assert list(opened.upscale_many([])) == []
+
+
+def test_upscale_many_after_close_yields_errors() -> None:
+    opened = open_upscaler()
+    opened.close()
+    (result,) = opened.upscale_many([photo()])
+    assert isinstance(result, BackendError)
+
+
+def test_upscale_file(tmp_path: Path) -> None:
+    Image.fromarray(photo()).save(tmp_path / "in.png")
+    with open_upscaler("identity") as opened:
+        assert opened.upscale_file(str(tmp_path / "in.png"), tmp_path / "out.png") is None
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "out.png")), doubled(photo()))
+
+
+def test_a_failing_engine_leaves_no_file(tmp_path: Path, with_backend) -> None:
+    def failures(shape: tuple[int, ...]) -> None:
+        raise BackendError("broken")
+
+    Image.fromarray(photo()).save(tmp_path / "in.png")
+    with pytest.raises(SRError):
+        with_backend(FakeBackend(failures)).upscale_file(tmp_path / "in.png", tmp_path / "out.png")
+    assert [path.name for path in tmp_path.iterdir()] == ["in.png"]
+
+
+def test_a_bundle_without_an_exact_halo_is_refused(tmp_path: Path) -> None:
+    folder = bundles.copy("unet", tmp_path)
+    stage = Bundle.load(folder).stage()
+    bundles.write_manifest(folder, type(stage)(**vars(stage) | {"halo": stage.halo[:-2]}))
+    with pytest.raises(SRError, match="no measured halo"):
+        Upscaler(folder)
+    with Upscaler(folder, backend="onnxruntime", seams="fast") as opened:
+        assert opened.info["halo"] == 32
