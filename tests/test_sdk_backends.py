@@ -398,3 +398,20 @@ def test_openvino_runs_without_a_cache(
     assert backend.run(noise((1, 8, 8, 3))).shape == (1, 16, 16, 3)
     assert "SR_CACHE_DIR" in caplog.text
     backend.close()
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "two", "1.5"])
+def test_a_wrong_thread_count_is_refused(engine: str, monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    monkeypatch.setenv("SR_THREADS", value)
+    with pytest.raises(OptionError, match="SR_THREADS"):
+        open_backend(engine, request())
+
+
+def test_the_thread_count_reaches_the_engine(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SR_THREADS", "1")
+    backend = open_backend(engine, request())
+    if engine == "openvino":
+        assert backend._config["INFERENCE_NUM_THREADS"] == 1
+    else:
+        assert backend._session.get_session_options().intra_op_num_threads == 1
+    backend.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -86,6 +87,19 @@ def open_backend(name: str, request: Request) -> Backend:
         LOG.info("backend: %s %s on %s, %s", backend.name, backend.engine, backend.device, backend.precision)
         return backend
     raise BackendUnavailable("no engine can run this here: " + "; ".join(reasons))
+
+
+def thread_count() -> int | None:
+    """Read how many threads an engine may use on the CPU from SR_THREADS; None: the engine decides.
+
+    Raises: OptionError if it is not a number from 1.
+    """
+    text = os.environ.get("SR_THREADS", "")
+    if not text:
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise OptionError(f"SR_THREADS={text!r}: a number of threads from 1")
+    return int(text)
 
 
 def check_request(name: str, request: Request) -> None:

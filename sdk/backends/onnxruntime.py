@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import BackendError, BackendUnavailable, OutOfMemory
-from . import Request
+from . import Request, thread_count
 
 # ONNX Runtime has no exception type for it; these are the words of its allocators.
 OUT_OF_MEMORY = ("Failed to allocate memory", "bad_alloc", "out of memory", "CUDA failure 2")
@@ -54,6 +54,7 @@ class OnnxRuntimeBackend:
         if device != "cpu":
             provider = ("CUDAExecutionProvider", {"device_id": int(device.partition(":")[2])})
         options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = thread_count() or 0  # 0: one for each core, whatever the process may use
         options.log_severity_level = 4  # errors arrive as exceptions; a fallback is checked for below
         try:
             self._session: Any = onnxruntime.InferenceSession(graph, options, providers=[provider])

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import BackendError, BackendUnavailable, OutOfMemory
-from . import Request
+from . import Request, thread_count
 
 LOG = logging.getLogger(__name__)
 MIN_BF16_PSNR_DB = 45.0
@@ -81,8 +81,10 @@ class OpenVinoBackend:
     def __init__(self, openvino: Any, core: Any, graph: Path, *, precision: str):
         self.precision = precision
         self.engine = f"openvino {openvino.__version__.split('-')[0]}"
-        self._openvino, self._core, self._graph = openvino, core, graph
-        self._config = {"INFERENCE_PRECISION_HINT": HINTS[precision], "PERFORMANCE_HINT": "LATENCY"}
+        self._core, self._graph = core, graph
+        self._config: dict[str, Any] = {"INFERENCE_PRECISION_HINT": HINTS[precision], "PERFORMANCE_HINT": "LATENCY"}
+        if threads := thread_count():
+            self._config["INFERENCE_NUM_THREADS"] = threads
         self._shapes: OrderedDict[tuple[int, ...], _Requests] = OrderedDict()
         self._lock = threading.Lock()
         self._closed = False
