@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -39,10 +40,7 @@ def main(
         if exc.name not in ("torch", "onnx", "safetensors"):
             raise
         raise click.ClickException(f"{exc.name} is not installed: pip install 'sr-sdk[export,cpu]'") from exc
-    try:
-        table = json.loads(figures.read_text(encoding="utf-8")) if figures else None
-    except (OSError, ValueError) as exc:
-        raise click.ClickException(f"{figures}: not a readable JSON file ({exc})") from exc
+    table = read_figures(figures, out.name) if figures else None
     options = Options(scale=scale, fp16=fp16, pictures=pictures, licence=licence, figures=table)
     try:
         manifest = export_run(run, out, options, report=click.echo)
@@ -50,3 +48,20 @@ def main(
         raise click.ClickException(str(exc)) from exc
     size = sum(path.stat().st_size for path in out.iterdir())
     click.echo(f"{out}: {manifest.name} x{manifest.scale}, {len(manifest.stages)} stages, {size / 1e6:.1f} MB")
+
+
+def read_figures(path: Path, model: str) -> dict[str, Any]:
+    """Take the protocol and the means of a model and of bicubic out of a result of sr-bench quality.
+
+    Raises: click.ClickException if the file is no such result, or the model is not in it.
+    """
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        rows = [row for row in result["rows"] if row["method"] in (model, "bicubic")]
+        figures = [{key: row[key] for key in ("dataset", "method", "means")} for row in rows]
+        summary = {"protocol": result["protocol"], "rows": figures}
+    except (OSError, ValueError, KeyError, TypeError) as exc:
+        raise click.ClickException(f"{path}: not a result of sr-bench quality ({exc!r})") from exc
+    if model not in {row["method"] for row in figures}:
+        raise click.ClickException(f"{path}: holds no figures of {model}")
+    return summary

@@ -268,6 +268,24 @@ def test_command_exports_a_run(run, tmp_path):
     assert Bundle.load(tmp_path / "b").manifest.scale == 2
 
 
+def test_command_keeps_the_figures_of_the_model(run, tmp_path):
+    means = {"psnr_y_db": 30.5}
+    rows = [{"dataset": "Set5", "method": m, "means": means, "pictures": [1]} for m in ("b", "bicubic", "other")]
+    (tmp_path / "q.json").write_text(json.dumps({"protocol": "p", "rows": rows}), encoding="utf-8")
+    code, _ = invoke(run, "--out", tmp_path / "b", "--figures", tmp_path / "q.json")
+    kept = Bundle.load(tmp_path / "b").manifest.training["figures"]
+    assert code == 0 and [row["method"] for row in kept["rows"]] == ["b", "bicubic"]
+    code, output = invoke(run, "--out", tmp_path / "c", "--figures", tmp_path / "q.json")
+    assert code == 1 and "no figures of c" in output
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"rows": 3}'])
+def test_command_refuses_figures_of_another_kind(run, tmp_path, text):
+    (tmp_path / "q.json").write_text(text, encoding="utf-8")
+    code, output = invoke(run, "--out", tmp_path / "b", "--figures", tmp_path / "q.json")
+    assert code == 1 and "not a result of sr-bench quality" in output
+
+
 def test_command_refuses_an_existing_output(run, tmp_path):
     code, output = invoke(run, "--out", tmp_path)
     assert code == 1 and "exists already" in output
