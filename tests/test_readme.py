@@ -54,7 +54,7 @@ def test_every_option_named_in_the_text_exists():
         main = importlib.import_module(module).main
         for command in (main, *getattr(main, "commands", {}).values()):
             known |= {option for parameter in command.params for option in parameter.opts}
-    assert set(re.findall(r"`(--[a-z-]+)", TEXT)) <= known
+    assert set(re.findall(r"`(--[a-z0-9-]+)", TEXT)) <= known
 
 
 def test_tables_are_what_was_measured():

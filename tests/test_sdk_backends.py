@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import logging
 import os
+import subprocess
 import sys
 import types
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +19,7 @@ import pytest
 from sdk import BackendError, BackendUnavailable, Bundle, OptionError, OutOfMemory, Upscaler, backends
 from sdk.backends import AUTO_ORDER, MODULES, Request, open_backend
 
+ROOT = Path(__file__).parent.parent
 ENGINES = sorted(MODULES)
 ENDS = {"uint8": np.uint8, "float32": np.float32}
 
@@ -415,3 +417,24 @@ def test_the_thread_count_reaches_the_engine(engine: str, monkeypatch: pytest.Mo
     else:
         assert backend._session.get_session_options().intra_op_num_threads == 1
     backend.close()
+
+
+@pytest.mark.skipif(not has("openvino"), reason="openvino is not installed")
+def test_signals_are_safe_after_engines_come_and_go() -> None:
+    # Each OpenVINO Core puts a signal stack in place and restores the one before when it goes: with several of them
+    # the restored one may be freed memory, and the next signal ends the process.
+    script = (
+        "import gc, os, signal, sys\n"
+        "from sdk import Upscaler\n"
+        "signal.signal(signal.SIGUSR1, lambda *arguments: None)\n"
+        "first = Upscaler(sys.argv[1], backend='openvino')\n"
+        "second = Upscaler(sys.argv[1], backend='openvino')\n"
+        "first.close()\n"
+        "del first\n"
+        "gc.collect()\n"
+        "second.close()\n"
+        "del second\n"
+        "gc.collect()\n"
+        "os.kill(os.getpid(), signal.SIGUSR1)\n"
+    )
+    subprocess.run([sys.executable, "-c", script, str(request().folder)], check=True, cwd=ROOT)

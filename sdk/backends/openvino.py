@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import queue
@@ -57,7 +58,7 @@ def open_backend(request: Request) -> OpenVinoBackend:
     if request.device.startswith("cuda"):
         raise BackendUnavailable("openvino has no CUDA device: use device='cpu'")
     try:
-        core = openvino.Core()
+        core = _core(openvino)
         has_bf16 = "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     except RuntimeError as exc:
         raise BackendUnavailable(f"openvino has no usable CPU device: {' '.join(str(exc).split())}") from exc
@@ -69,6 +70,16 @@ def open_backend(request: Request) -> OpenVinoBackend:
         raise BackendUnavailable(f"openvino does not run {precision} on this processor: use fp32")
     graph = request.folder / request.stage.graph(precision="fp32", ends=request.ends).file.name
     return OpenVinoBackend(openvino, core, graph, precision=precision)
+
+
+@functools.cache
+def _core(openvino: Any) -> Any:
+    """Make the process's one Core.
+
+    Each Core puts a signal stack in place and restores the one before when it goes; with several of them that one
+    may be gone too, and the next signal would end the process.
+    """
+    return openvino.Core()
 
 
 class OpenVinoBackend:
