@@ -83,7 +83,8 @@ def _machine(result: dict[str, Any]) -> str:
         for name in ("onnxruntime", "openvino", "torch")
         if name in facts["versions"]
     )
-    return f"\n{facts['cpu']}, {facts['usable_cores']} cores, no GPU; {versions}. Made by `{result['command']}`.\n"
+    gpus = ", ".join(facts["gpus"]) or "no GPU"
+    return f"\n{facts['cpu']}, {facts['usable_cores']} cores, {gpus}; {versions}. Made by `{result['command']}`.\n"
 
 
 if __name__ == "__main__":

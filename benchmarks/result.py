@@ -64,5 +64,5 @@ def write_json(result: dict[str, Any], path: Path) -> None:
 
 
 def _without_folder(argument: str) -> str:
-    """Shorten an absolute path to its last part: results are published, home folders are not."""
-    return Path(argument).name if os.path.isabs(argument) else argument
+    """Shorten a path out of the working directory to its last part: results are published, home folders are not."""
+    return Path(argument).name if os.path.isabs(argument) or argument.startswith("..") else argument

@@ -36,7 +36,7 @@ def open_network(
     if device != "cpu" and not torch.cuda.is_available():
         raise BackendUnavailable(f"PyTorch sees no CUDA device for {device}")
     scale = bundle.manifest.scale
-    layout = torch.channels_last if precision == "bf16" else torch.contiguous_format
+    layout = torch.channels_last
     network = _load(bundle, run).to(device, memory_format=layout).eval()
     stride = network.stride(scale)
 

@@ -28,7 +28,9 @@ from .errors import ExportError
 from .precision import in_half, round_weights
 from .to_onnx import OPSET, WeightsFile, trace
 
-ENGINES = (("onnxruntime", "fp32"), ("onnxruntime", "fp16"), ("openvino", "fp32"), ("openvino", "bf16"))
+ENGINES = (("onnxruntime", "fp32"), ("openvino", "fp32"), ("openvino", "bf16"))
+MAX_FLOAT_ERROR = 0.25 / 255
+SMALL_CROP, LARGE_CROP = 288, 1024  # of the pictures that the halo is measured on
 NOTICE = (
     "This model invents detail that looks plausible but was not in the picture. "
     "Do not read evidence, identities, text or measurements from what it adds."
@@ -40,6 +42,7 @@ class Options:
     """What the exporting person decides.
 
     figures: measured quality, embedded into the manifest as it is.
+    incomplete: also export a stage that --max-steps cut short.
     """
 
     scale: int | None = None
@@ -47,6 +50,7 @@ class Options:
     pictures: Path | None = None
     licence: str = ""
     figures: dict[str, Any] | None = None
+    incomplete: bool = False
 
 
 def export_run(
@@ -99,7 +103,7 @@ def _choose_scale(recipe: Recipe, scale: int | None) -> int:
     return scale
 
 
-def _load_network(run: Path, recipe: Recipe, stage: str) -> tuple[Network, dict[str, Any]]:
+def _load_network(run: Path, recipe: Recipe, stage: str, *, incomplete: bool) -> tuple[Network, dict[str, Any]]:
     """Build the stage's network with its trained weights, folded and rounded as they are deployed."""
     try:
         checkpoint = load_checkpoint(stage_folder(run, stage))
@@ -107,6 +111,8 @@ def _load_network(run: Path, recipe: Recipe, stage: str) -> tuple[Network, dict[
         network.load_state_dict(checkpoint.group("model"))
     except (TrainError, RuntimeError) as exc:
         raise ExportError(f"{run}, stage {stage}: {exc}") from exc
+    if not (checkpoint.facts.get("complete", True) or incomplete):
+        raise ExportError(f"{run}, stage {stage}: stopped by --max-steps; finish it, or export it with --incomplete")
     network.eval()
     with torch.no_grad():
         network.fold()
@@ -124,7 +130,7 @@ def _export_stage(
     report: Callable[[str], None],
 ) -> tuple[Stage, dict[str, Any]]:
     report(f"stage {config.name}: tracing")
-    network, facts = _load_network(run, recipe, config.name)
+    network, facts = _load_network(run, recipe, config.name, incomplete=options.incomplete)
     stride = network.stride(scale)
     weights = WeightsFile.write(folder / f"{config.name}.weights", network)
     kinds = [("fp32", "uint8"), ("fp32", "float32")] + ([("fp16", "uint8")] if options.fp16 else [])
@@ -145,12 +151,23 @@ def _export_stage(
     parity = _check_parity(network, draft, folder, scale, options, report)
     report(f"stage {config.name}: measuring the halo")
     backend = open_backend("onnxruntime", Request(folder, draft, "uint8", "cpu", "fp32"))
-    pictures = [picture for _, picture in verify.read_pictures(options.pictures, largest=1024)]
-    halo = verify.measure_halo(backend.run, pictures, stride=stride, scale=scale)
+    halo = _measure_halo(backend.run, options.pictures, stride=stride, scale=scale)
     backend.close()
     stage = replace(draft, halo=halo, parity=parity)
     report(f"stage {config.name}: exact with {stage.context(error=1)} px of context")
     return stage, facts
+
+
+def _measure_halo(
+    run: Callable[[np.ndarray], np.ndarray], folder: Path | None, *, stride: int, scale: int
+) -> tuple[HaloRow, ...]:
+    """Measure on small crops, and on whole pictures only if those are too small: time grows with the square."""
+    pictures = [picture for _, picture in verify.read_pictures(folder, largest=SMALL_CROP)]
+    try:
+        return verify.measure_halo(run, pictures, stride=stride, scale=scale)
+    except ExportError:
+        pictures = [picture for _, picture in verify.read_pictures(folder, largest=LARGE_CROP)]
+        return verify.measure_halo(run, pictures, stride=stride, scale=scale)
 
 
 def _check_parity(
@@ -173,12 +190,11 @@ def _check_parity(
         report(f"{where}, {precision}: {worst.psnr_db:.1f} dB, at most {worst.max_error} from PyTorch fp32")
 
     if options.fp16:
-        # Engines on a CPU compute an fp16 graph in fp32; PyTorch really rounds every activation.
+        # Engines on a CPU compute an fp16 graph in fp32; PyTorch really rounds every activation. The graph itself
+        # is traced from this very network.
         half = in_half(network)
         check(f"torch {torch.__version__}", "fp16", lambda batch: verify.run_torch(half, batch, scale=scale))
     for engine, precision in ENGINES:
-        if precision == "fp16" and not options.fp16:
-            continue
         try:
             backend = open_backend(engine, Request(folder, stage, "uint8", "cpu", precision))
         except BackendUnavailable as exc:
@@ -192,6 +208,24 @@ def _check_parity(
             report(f"{exc}; bf16 will not be used")
         finally:
             backend.close()
+        if precision == "fp32":
+            _check_float_graph(network, stage, folder, engine, pictures=[item[1] for item in references], scale=scale)
     if not any(row.precision == "fp32" for row in rows):
         raise ExportError("no engine to check the export with: pip install 'sr-sdk[cpu]'")
     return tuple(rows)
+
+
+def _check_float_graph(
+    network: Network, stage: Stage, folder: Path, engine: str, *, pictures: list[np.ndarray], scale: int
+) -> None:
+    """Hold the graph of 16-bit and float pictures against PyTorch: a quarter of an 8-bit code value."""
+    backend = open_backend(engine, Request(folder, stage, "float32", "cpu", "fp32"))
+    for picture in pictures:
+        batch = picture[None].astype(np.float32) / np.float32(255)
+        error = float(np.abs(backend.run(batch) - verify.run_torch(network, batch, scale=scale)).max())
+        if not error <= MAX_FLOAT_ERROR:
+            raise ExportError(
+                f"stage {stage.name} on {engine}: the float graph differs from PyTorch by {error:.2g} of 1, "
+                f"at most {MAX_FLOAT_ERROR:.2g} is allowed"
+            )
+    backend.close()

@@ -20,6 +20,7 @@ from sdk.errors import SRError
 @click.option("--pictures", type=click.Path(path_type=Path), help="Real pictures to check and measure on.")
 @click.option("--licence", default="", help="Licence of the weights, kept in the manifest.")
 @click.option("--figures", type=click.Path(path_type=Path), help="JSON of sr-bench quality, kept in the manifest.")
+@click.option("--incomplete", is_flag=True, help="Export a stage that --max-steps cut short, too.")
 @click.option("--verbose", is_flag=True, help="Show each row of the halo measurement.")
 def main(
     run: Path,
@@ -29,6 +30,7 @@ def main(
     pictures: Path | None,
     licence: str,
     figures: Path | None,
+    incomplete: bool,
     verbose: bool,
 ) -> None:
     """Export every finished resolution stage of RUN to ONNX, checked against PyTorch."""
@@ -41,13 +43,14 @@ def main(
             raise
         raise click.ClickException(f"{exc.name} is not installed: pip install 'sr-sdk[export,cpu]'") from exc
     table = read_figures(figures, out.name) if figures else None
-    options = Options(scale=scale, fp16=fp16, pictures=pictures, licence=licence, figures=table)
+    options = Options(scale=scale, fp16=fp16, pictures=pictures, licence=licence, figures=table, incomplete=incomplete)
     try:
         manifest = export_run(run, out, options, report=click.echo)
     except SRError as exc:
         raise click.ClickException(str(exc)) from exc
     size = sum(path.stat().st_size for path in out.iterdir())
-    click.echo(f"{out}: {manifest.name} x{manifest.scale}, {len(manifest.stages)} stages, {size / 1e6:.1f} MB")
+    stages = ", ".join(stage.name for stage in manifest.stages)
+    click.echo(f"{out}: {manifest.name} x{manifest.scale}, stages {stages}, {size / 1e6:.1f} MB")
 
 
 def read_figures(path: Path, model: str) -> dict[str, Any]:

@@ -42,9 +42,11 @@ class Upscaler:
 
     model: name of a shipped model, a bundle folder, or None for the default one.
     backend: "auto", "onnxruntime" or "openvino"; device: "auto", "cpu" or "cuda:N"; precision: "auto", "fp32",
-        "fp16" or "bf16". What is asked for by name is used or refused, never replaced.
+        "fp16" or "bf16", of 8-bit pictures; others always run in fp32. What is asked for by name is used or refused,
+        never replaced.
     stage: resolution stage of the bundle; "auto" is the last one trained, whatever the picture's size.
-    seams: "exact" keeps tiles within 1 code value of the untiled result; "fast" accepts 4 and cross-fades.
+    seams: the halo is the one measured at export to keep tiles within 1 code value of the untiled result in fp32
+        ("exact"), or within 4 and cross-faded ("fast": up to 12 were seen on dithered pictures).
     batch: windows run at once, or "auto".
     Raises: BundleError, BackendUnavailable or OptionError.
     Thread-safe: calls keep nothing on the object but the totals in `stats`.

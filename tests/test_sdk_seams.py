@@ -8,6 +8,7 @@ from pathlib import Path
 import bundles
 import numpy as np
 import pytest
+from PIL import Image
 
 from sdk import Bundle, Upscaler, bundle
 from sdk.upscaler import SEAMS
@@ -104,9 +105,40 @@ def test_fast_seams_keep_their_limit(engine: str, tile: int) -> None:
         assert abs(upscaler.upscale(image, tile=tile) - whole).max() <= SEAMS["fast"]
 
 
+def hard_picture(kind: str, height: int, width: int, make_photo) -> np.ndarray:
+    """Draw what photographs hardly hold and networks react to from far away."""
+    if kind == "noise":
+        return noise(height, width)
+    if kind == "checkerboard":
+        plane = np.indices((height, width)).sum(axis=0) % 2 * 255
+    elif kind == "specks":
+        plane = np.random.default_rng(3).choice([0, 255], (height, width))
+    else:
+        photo = Image.fromarray(make_photo(height, width))
+        return np.asarray(photo.convert("1").convert("RGB") if kind == "dither" else photo)
+    return plane.astype(np.uint8)[:, :, None].repeat(3, axis=2)
+
+
+@pytest.mark.parametrize("kind", ["photo", "noise", "checkerboard", "specks", "dither"])
+@pytest.mark.parametrize("precision", ["fp32", "auto"])
+@pytest.mark.parametrize("seams", SEAMS)
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_models_tiled_equal_untiled(name: str, seams: str, precision: str, kind: str, make_photo) -> None:
+    with Upscaler(name, precision=precision, seams=seams) as upscaler:
+        image = hard_picture(kind, 301, 238, make_photo)
+        whole = upscaler.upscale(image, tile=UNTILED).astype(int)
+        tiled = upscaler.upscale(image, tile=40)
+        assert upscaler.stats.tiles > 2, "this picture was not cut"
+        # bf16 rounds differently at other window shapes, most where every pixel is black or white.
+        rounding = 0 if upscaler.info["precision"] == "fp32" else 1 if kind == "photo" else 4
+        # The cross-fade mixes in pixels with half the context, which shows on such pictures: 12 were seen.
+        fading = 12 if seams == "fast" and kind != "photo" else 0
+        assert abs(tiled - whole).max() <= SEAMS[seams] + rounding + fading
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("name", SHIPPED)
-def test_shipped_models_tiled_equal_untiled(name: str, engine: str, make_photo) -> None:
+def test_shipped_models_several_halos_wide(name: str, engine: str, make_photo) -> None:
     stage = Bundle.load(name).stage()
     side = 6 * stage.context(error=1.0) + 3 * stage.stride + 1
     assert difference(name, engine, make_photo(side, side + 9), 2 * stage.context(error=1.0)) <= 1

@@ -86,7 +86,7 @@ def main(
     find_pictures(data)  # a wrong folder is told before a network is built
     settings = Settings(device=device, precision=precision, workers=workers, max_steps=max_steps)
     trainer = Trainer(recipe, out, weights=find_weights(weights), settings=settings)
-    trainer.facts["command"] = shlex.join(["sr-train", *sys.argv[1:]])
+    trainer.facts["command"] = shlex.join(["sr-train", *map(_without_folder, sys.argv[1:])])
     trainer.load_photographs(data, _show_reading())
     count = sum(parameter.numel() for parameter in trainer.model.parameters())
     click.echo(
@@ -113,6 +113,11 @@ def main(
         click.echo(f"done: {', '.join(stage.name for stage in recipe.stages)} in {out / 'stages'}")
     else:
         click.echo(f"stopped at step {trainer.done_steps}; the same command goes on from there")
+
+
+def _without_folder(argument: str) -> str:
+    """Shorten a path that leads out of the working directory to its last part: commands are published in models."""
+    return Path(argument).name if Path(argument).is_absolute() or argument.startswith("..") else argument
 
 
 def _stop_on_signals() -> list[int]:

@@ -7,7 +7,7 @@ import logging
 import signal
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -197,15 +197,21 @@ class Steps(Sampler[list[int]]):
             yield list(range(step * self.batch, (step + 1) * self.batch))
 
 
+GRACE_SECONDS = 10
+
+
 def _leave_signals_to_the_parent(worker: int) -> None:
-    """Outlive a signal sent to the whole process group: the parent still saves, and ends its workers then."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    """Outlive a signal sent to the whole process group for a while: the parent saves, and ends its workers then.
+
+    Not for ever, because SIGTERM is also how a parent that leaves in mid-epoch ends them.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(GRACE_SECONDS))
 
 
 def batches(
     dataset: CropPairs, *, batch: int, first_step: int, last_step: int, workers: int
-) -> Iterator[tuple[Tensor, Tensor]]:
+) -> Generator[tuple[Tensor, Tensor], None, None]:
     """Yield the batches of steps first_step to last_step - 1: (N, 3, h, w) LR and (N, 3, H, W) HR."""
     # fork shares the decoded pictures with the workers; the start methods that pickle would copy them.
     loader: DataLoader[tuple[Tensor, Tensor]] = DataLoader(

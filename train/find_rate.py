@@ -55,6 +55,7 @@ def find_rate(trainer: Trainer, plot: Path) -> float:
             rates.append(rate)
             losses.append(smoothed)
     finally:
+        source.close()  # ends the workers
         trainer.reset(before)
     if len(rates) < SKIPPED + 3:
         raise DivergedError(

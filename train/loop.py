@@ -403,6 +403,9 @@ class Trainer:
     def _skip(self, what: str, value: Tensor) -> None:
         self.non_finite += 1
         LOG.warning("step %d: the %s is %s, skipped", self.done_steps, what, value.item())
+        for name, buffer in self.model.named_buffers():  # BatchNorm has taken the step in already
+            if name in self.ema and buffer.is_floating_point():
+                buffer.copy_(self.ema[name])
         if self.non_finite >= MAX_NON_FINITE:
             raise self._diverged(f"the loss or its gradient was not finite for {MAX_NON_FINITE} steps in a row")
 
@@ -526,7 +529,7 @@ def _git_commit() -> str | None:
     """Name the commit of this code, None where it is not a file of a repository, as when it is installed."""
     here = Path(__file__)
     answers = []
-    for command in (["git", "ls-files", "--error-unmatch", here.name], ["git", "rev-parse", "--short", "HEAD"]):
+    for command in (["git", "ls-files", "--error-unmatch", here.name], ["git", "describe", "--always", "--dirty"]):
         try:
             result = subprocess.run(command, capture_output=True, text=True, timeout=5, cwd=here.parent)
         except (OSError, subprocess.TimeoutExpired):

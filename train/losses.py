@@ -90,6 +90,7 @@ class CombinedLoss(nn.Module):
             distances = [w * F.l1_loss(a.float(), b.float()) for w, a, b in triples]
             terms["features"] = config.feature_weight * torch.stack(distances).sum()
             if config.style_weight:
-                grams = [w**2 * F.l1_loss(gram_matrix(a.float()), gram_matrix(b.float())) for w, a, b in triples]
+                with torch.autocast(sr.device.type, enabled=False):  # it would round the products again
+                    grams = [w**2 * F.l1_loss(gram_matrix(a.float()), gram_matrix(b.float())) for w, a, b in triples]
                 terms["style"] = config.feature_weight * config.style_weight * torch.stack(grams).sum()
         return torch.stack(list(terms.values())).sum(), terms

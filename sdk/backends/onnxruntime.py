@@ -33,8 +33,8 @@ def open_backend(request: Request) -> OnnxRuntimeBackend:
     if precision == "auto":
         has_fp16 = any((graph.precision, graph.ends) == ("fp16", request.ends) for graph in request.stage.graphs)
         precision = "fp16" if on_cuda and has_fp16 else "fp32"
-    if precision == "bf16":  # fp16 runs on the CPU too, slowly, which is how its export is checked
-        raise BackendUnavailable("onnxruntime does not run these models in bf16: use fp32 or fp16")
+    if precision == "bf16" or (precision == "fp16" and not on_cuda):  # its CPU provider computes fp16 graphs in fp32
+        raise BackendUnavailable(f"onnxruntime does not compute in {precision} on {'CUDA' if on_cuda else 'the CPU'}")
     graph = request.folder / request.stage.graph(precision=precision, ends=request.ends).file.name
     device = request.device if request.device.startswith("cuda:") else "cuda:0" if on_cuda else "cpu"
     return OnnxRuntimeBackend(onnxruntime, str(graph), device=device, precision=precision)
@@ -52,7 +52,9 @@ class OnnxRuntimeBackend:
         self.batch = 8 if device != "cpu" else 1
         provider: Any = "CPUExecutionProvider"
         if device != "cpu":
-            provider = ("CUDAExecutionProvider", {"device_id": int(device.partition(":")[2])})
+            # TF32 keeps 10 bits: fp32 is the path of 16-bit pictures. The search is for sizes that change.
+            options_of_cuda = {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}
+            provider = ("CUDAExecutionProvider", {"device_id": device.partition(":")[2], **options_of_cuda})
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = thread_count() or 0  # 0: one for each core, whatever the process may use
         options.log_severity_level = 4  # errors arrive as exceptions; a fallback is checked for below

@@ -19,7 +19,7 @@ from . import Request, thread_count
 
 LOG = logging.getLogger(__name__)
 MIN_BF16_PSNR_DB = 45.0
-KEPT_SHAPES = 4  # compiled models held at a time, one for each window shape
+KEPT_PIXELS = 2 << 20  # of the window shapes that stay compiled: each holds some 200 bytes a pixel
 CACHE_BYTES = 512 << 20  # of compiled models on disk: every picture size that fits in one piece adds one
 HINTS = {"fp32": "f32", "bf16": "bf16"}
 
@@ -134,7 +134,7 @@ class OpenVinoBackend:
                 self._shapes[shape] = _Requests(self._core.compile_model(model, "CPU", self._config))
                 if "CACHE_DIR" in self._config:
                     prune_cache(Path(self._config["CACHE_DIR"]))
-                if len(self._shapes) > KEPT_SHAPES:
+                while len(self._shapes) > 1 and sum(n * h * w for n, h, w, _ in self._shapes) > KEPT_PIXELS:
                     self._shapes.popitem(last=False)
             self._shapes.move_to_end(shape)
             return self._shapes[shape]
