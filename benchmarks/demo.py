@@ -14,8 +14,8 @@ from PIL import Image
 from sdk import SRError, Upscaler, files
 from sdk.compare import side_by_side
 
-from .metrics import luma, psnr
-from .pictures import BICUBIC, BILINEAR, enlarge, read_picture
+from .pictures import BILINEAR, enlarge, read_picture
+from .quality import crop_to_scale, reduce, score
 
 # NASA's portrait of Eileen Collins, public domain, as distributed with scikit-image.
 PHOTOGRAPH = Path(__file__).parent.parent / "export" / "pictures" / "astronaut.webp"
@@ -44,16 +44,15 @@ def run(photograph: Path, out: Path, model: str | None) -> None:
 
     Raises: SRError if the photograph cannot be read or the results cannot be written.
     """
-    original = read_picture(photograph)
     with Upscaler(model) as upscaler:
         scale = upscaler.scale
-        height, width = (side // scale * scale for side in original.shape[:2])
-        hr = original[:height, :width]
-        lr = np.asarray(Image.fromarray(hr).resize((width // scale, height // scale), BICUBIC))
+        hr = crop_to_scale(read_picture(photograph), scale, name=str(photograph))
+        lr = reduce(hr, scale)
         upscaler.warmup((lr.shape[0], lr.shape[1]))
         ours, ours_ms = _timed(lambda: upscaler.upscale(lr))
         bilinear, bilinear_ms = _timed(lambda: enlarge(lr, scale, resample=BILINEAR))
         info = upscaler.info
+    height, width = hr.shape[:2]
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as exc:
@@ -67,7 +66,8 @@ def run(photograph: Path, out: Path, model: str | None) -> None:
     click.echo(f"model    {info['model']}, {info['engine']} on {info['device']}, {info['precision']}")
     click.echo(f"size     {lr.shape[1]}x{lr.shape[0]} -> {width}x{height}")
     click.echo(f"time     {ours_ms:.1f} ms; bilinear {bilinear_ms:.1f} ms")
-    click.echo(f"PSNR-Y   {_psnr_y(ours, hr, scale):.2f} dB; bilinear {_psnr_y(bilinear, hr, scale):.2f} dB")
+    ours_db, bilinear_db = (score(sr, hr, scale=scale)["psnr_y_db"] for sr in (ours, bilinear))
+    click.echo(f"PSNR-Y   {ours_db:.2f} dB; bilinear {bilinear_db:.2f} dB")
 
 
 def _timed(call: Callable[[], np.ndarray]) -> tuple[np.ndarray, float]:
@@ -78,11 +78,6 @@ def _timed(call: Callable[[], np.ndarray]) -> tuple[np.ndarray, float]:
         result = call()
         times.append((time.perf_counter() - start) * 1000)
     return result, statistics.median(times)
-
-
-def _psnr_y(sr: np.ndarray, hr: np.ndarray, scale: int) -> float:
-    inner = slice(scale, -scale)
-    return psnr(luma(sr)[inner, inner], luma(hr)[inner, inner])
 
 
 def _panel(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -56,9 +57,9 @@ class Options:
 def export_run(
     run: Path, out: Path, options: Options, *, report: Callable[[str], None] = lambda line: None
 ) -> Manifest:
-    """Export every finished stage of a run into the folder `out`, which must not exist.
+    """Export every stage of a run that has weights into the folder `out`, which must not exist.
 
-    Raises: ExportError if the run is unfinished, a graph differs from PyTorch, or `out` cannot be written.
+    Raises: ExportError if a stage was cut short unasked, a graph differs from PyTorch, or `out` cannot be written.
     """
     if out.exists():
         raise ExportError(f"{out}: exists already; choose another name or remove it")
@@ -219,13 +220,12 @@ def _check_float_graph(
     network: Network, stage: Stage, folder: Path, engine: str, *, pictures: list[np.ndarray], scale: int
 ) -> None:
     """Hold the graph of 16-bit and float pictures against PyTorch: a quarter of an 8-bit code value."""
-    backend = open_backend(engine, Request(folder, stage, "float32", "cpu", "fp32"))
-    for picture in pictures:
-        batch = picture[None].astype(np.float32) / np.float32(255)
-        error = float(np.abs(backend.run(batch) - verify.run_torch(network, batch, scale=scale)).max())
-        if not error <= MAX_FLOAT_ERROR:
-            raise ExportError(
-                f"stage {stage.name} on {engine}: the float graph differs from PyTorch by {error:.2g} of 1, "
-                f"at most {MAX_FLOAT_ERROR:.2g} is allowed"
-            )
-    backend.close()
+    with closing(open_backend(engine, Request(folder, stage, "float32", "cpu", "fp32"))) as backend:
+        for picture in pictures:
+            batch = picture[None].astype(np.float32) / np.float32(255)
+            error = float(np.abs(backend.run(batch) - verify.run_torch(network, batch, scale=scale)).max())
+            if not error <= MAX_FLOAT_ERROR:
+                raise ExportError(
+                    f"stage {stage.name} on {engine}: the float graph differs from PyTorch by {error:.2g} of 1, "
+                    f"at most {MAX_FLOAT_ERROR:.2g} is allowed"
+                )
