@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 from collections.abc import Iterator
@@ -306,8 +307,10 @@ def test_an_unwritable_part_of_the_run_folder_is_told(name: str, photo_folder: P
 def test_the_rate_finder_leaves_no_trace(photo_folder: Path, tmp_path: Path) -> None:
     trainer = make_trainer(photo_folder, tmp_path / "run")
     before = {key: value.clone() for key, value in trainer.model.state_dict().items()}
-    rate = find_rate(trainer, tmp_path / "find_lr.png")
-    assert 1e-7 < rate < 10
+    told: list[tuple[int, int]] = []
+    rate = find_rate(trainer, tmp_path / "find_lr.png", report=lambda *counts: told.append(counts))
+    assert rate is None  # this network starts as its own skip: its loss has nowhere to fall
+    assert told[0] == (1, 100) and len(told) > 10
     assert (tmp_path / "find_lr.png").is_file()
     assert same(trainer.model.state_dict(), before) and same(trainer.ema, before)
     assert (trainer.optimizers, trainer.done_steps, trainer.non_finite) == ([], 0, 0)
@@ -317,6 +320,24 @@ def test_the_rate_finder_leaves_no_trace(photo_folder: Path, tmp_path: Path) -> 
     trainer.train()
     fresh.train()
     assert same(trainer.model.state_dict(), fresh.model.state_dict())
+
+
+def test_the_rate_finder_suggests_where_the_loss_falls(
+    photo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make_trainer(photo_folder, tmp_path / "run")
+    good = trainer.loss.forward
+    step = itertools.count()
+
+    def falling(sr: Tensor, hr: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        total, _ = good(sr, hr)
+        at = next(step)
+        value = 1 - 0.5 * min(1.0, max(0, at - 40) / 20) if at < 80 else 1e3
+        return total * 0 + value, {"pixel": (total * 0 + value).detach()}
+
+    monkeypatch.setattr(trainer.loss, "forward", falling)
+    rate = find_rate(trainer, tmp_path / "find_lr.png")
+    assert rate is not None and 1e-4 < rate < 1  # steps 40 to 80 of 100
 
 
 @pytest.mark.parametrize("good_steps", [0, 30])

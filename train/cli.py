@@ -87,7 +87,7 @@ def main(
     settings = Settings(device=device, precision=precision, workers=workers, max_steps=max_steps)
     trainer = Trainer(recipe, out, weights=find_weights(weights), settings=settings)
     trainer.facts["command"] = shlex.join(["sr-train", *map(_without_folder, sys.argv[1:])])
-    trainer.load_photographs(data, _show_reading())
+    trainer.load_photographs(data, _show_count("reading pictures"))
     count = sum(parameter.numel() for parameter in trainer.model.parameters())
     click.echo(
         f"{len(trainer.train_set)} pictures to train on, {len(trainer.validation_set)} to validate; "
@@ -96,8 +96,10 @@ def main(
     if find_lr:
         if init is not None:
             trainer.start_from_run(init)
-        rate = find_rate(trainer, out / "find_lr.png")
-        click.echo(f"suggested learning rate: {rate:.1e} (plot: {out / 'find_lr.png'})")
+        plot = out / "find_lr.png"
+        rate = find_rate(trainer, plot, report=_show_count("learning-rate finder: step"))
+        advice = f"suggested learning rate: {rate:.1e}" if rate else "no rate suggested: the loss hardly falls at any"
+        click.echo(f"{advice} (plot: {plot})")
         return
     if trainer.resume():
         if trainer.finished:
@@ -133,14 +135,15 @@ def _stop_on_signals() -> list[int]:
     return received
 
 
-def _show_reading() -> Callable[[int, int], None]:
+def _show_count(what: str) -> Callable[[int, int], None]:
+    """Print how far something is, at most once a second."""
     last = 0.0
 
     def show(done: int, total: int) -> None:
         nonlocal last
         if done == total or time.monotonic() - last > 1:
             last = time.monotonic()
-            click.echo(f"reading pictures {done}/{total}", err=True)
+            click.echo(f"{what} {done}/{total}", err=True)
 
     return show
 
@@ -165,7 +168,7 @@ def _show_progress() -> Callable[[Progress], None]:
         click.echo(
             f"stage {progress.stage} {progress.phase} {progress.step}/{progress.steps} "
             f"({progress.done_steps}/{progress.all_steps}), rate {progress.learning_rate:.2e}, {terms}, "
-            f"{progress.images_per_second:.0f} images/s{left}{validation}",
+            f"{progress.images_per_second:.3g} images/s{left}{validation}",
             err=True,
         )
 

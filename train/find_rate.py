@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,13 +20,18 @@ SMOOTHING = 0.98
 STOP_AT = 4.0  # times the best smoothed loss
 # The average of the first steps is noise, not descent; fastai leaves as many out.
 SKIPPED = 10
+MIN_DESCENT = 0.05  # of the smoothed loss; less is noise, and its steepest place says nothing
 
 
-def find_rate(trainer: Trainer, plot: Path) -> float:
+def find_rate(
+    trainer: Trainer, plot: Path, *, report: Callable[[int, int], None] = lambda done, total: None
+) -> float | None:
     """Run up to 100 steps of the recipe's first phase at rates from 1e-7 to 10, then undo them.
 
-    The rate is the phase's `learning_rate`; groups with another one keep their ratio to it.
-    Returns: the suggested learning rate.
+    The rate is the phase's `learning_rate`; groups with another one keep their ratio to it. report: told the steps
+    done and their number after each.
+    Returns: the suggested learning rate; None if the loss hardly falls at any, as that of a network which starts as
+    its own interpolated skip.
     Raises: DivergedError if the loss stops being finite within the first steps.
     Source: Smith, arXiv 1506.01186, as in fastai's lr_find.
     """
@@ -54,6 +60,7 @@ def find_rate(trainer: Trainer, plot: Path) -> float:
                 break
             rates.append(rate)
             losses.append(smoothed)
+            report(step + 1, STEPS)
     finally:
         source.close()  # ends the workers
         trainer.reset(before)
@@ -61,6 +68,7 @@ def find_rate(trainer: Trainer, plot: Path) -> float:
         raise DivergedError(
             f"the learning-rate finder met a non-finite loss after {len(rates)} steps; check the data and the recipe"
         )
-    suggestion = suggest_rate(rates[SKIPPED:], losses[SKIPPED:])
+    falls = min(losses[SKIPPED:]) < (1 - MIN_DESCENT) * losses[SKIPPED]
+    suggestion = suggest_rate(rates[SKIPPED:], losses[SKIPPED:]) if falls else None
     plots.write_rate_plot(rates, losses, suggestion, plot)
     return suggestion

@@ -64,16 +64,17 @@ def write_loss_curve(entries: Sequence[dict[str, Any]], path: Path) -> None:
         figure.savefig(temporary, format="png")
 
 
-def write_rate_plot(rates: Sequence[float], losses: Sequence[float], suggestion: float, path: Path) -> None:
-    """Plot loss over learning rate with the suggestion marked.
+def write_rate_plot(rates: Sequence[float], losses: Sequence[float], suggestion: float | None, path: Path) -> None:
+    """Plot loss over learning rate with the suggestion marked, if there is one.
 
     Raises: ResourceError if the file cannot be written.
     """
     figure, (axes,) = _figure(columns=1)
     axes.plot(rates, losses)
-    axes.axvline(suggestion, linestyle="--", color="tab:red", label=f"suggestion {suggestion:.1e}")
     axes.set(xlabel="learning rate", ylabel="smoothed loss", xscale="log")
-    axes.legend()
+    if suggestion is not None:
+        axes.axvline(suggestion, linestyle="--", color="tab:red", label=f"suggestion {suggestion:.1e}")
+        axes.legend()
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png")
 
