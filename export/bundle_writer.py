@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +15,7 @@ import onnx
 import torch
 
 from sdk.backends import Request, open_backend
+from sdk.backends.onnxruntime import OnnxRuntimeBackend
 from sdk.bundle import FORMAT, MANIFEST, VERSION, Bundle, Graph, HaloRow, Manifest, Parity, Stage, hash_file
 from sdk.errors import BackendUnavailable
 from train.checkpoint import load_checkpoint, stage_folder
@@ -27,11 +28,10 @@ from train.run_folder import load_run
 from . import verify
 from .errors import ExportError
 from .precision import in_half, round_weights
-from .to_onnx import OPSET, WeightsFile, trace
+from .to_onnx import OPSET, WeightsFile, quiet, trace
 
 ENGINES = (("onnxruntime", "fp32"), ("openvino", "fp32"), ("openvino", "bf16"))
 MAX_FLOAT_ERROR = 0.25 / 255
-SMALL_CROP, LARGE_CROP = 288, 1024  # of the pictures that the halo is measured on
 NOTICE = (
     "This model invents detail that looks plausible but was not in the picture. "
     "Do not read evidence, identities, text or measurements from what it adds."
@@ -108,7 +108,8 @@ def _load_network(run: Path, recipe: Recipe, stage: str, *, incomplete: bool) ->
     """Build the stage's network with its trained weights, folded and rounded as they are deployed."""
     try:
         checkpoint = load_checkpoint(stage_folder(run, stage))
-        network = build_model(recipe.model, weights=RANDOM_WEIGHTS)
+        with quiet("train.feature_nets"):  # its weights are random for a moment only
+            network = build_model(recipe.model, weights=RANDOM_WEIGHTS)
         network.load_state_dict(checkpoint.group("model"))
     except (TrainError, RuntimeError) as exc:
         raise ExportError(f"{run}, stage {stage}: {exc}") from exc
@@ -152,23 +153,12 @@ def _export_stage(
     parity = _check_parity(network, draft, folder, scale, options, report)
     report(f"stage {config.name}: measuring the halo")
     backend = open_backend("onnxruntime", Request(folder, draft, "uint8", "cpu", "fp32"))
-    halo = _measure_halo(backend.run, options.pictures, stride=stride, scale=scale)
+    pictures = [picture for _, picture in verify.read_pictures(options.pictures, largest=verify.MAX_SIDE)]
+    halo = verify.measure_halo(backend.run, pictures, stride=stride, scale=scale)
     backend.close()
     stage = replace(draft, halo=halo, parity=parity)
     report(f"stage {config.name}: exact with {stage.context(error=1)} px of context")
     return stage, facts
-
-
-def _measure_halo(
-    run: Callable[[np.ndarray], np.ndarray], folder: Path | None, *, stride: int, scale: int
-) -> tuple[HaloRow, ...]:
-    """Measure on small crops, and on whole pictures only if those are too small: time grows with the square."""
-    pictures = [picture for _, picture in verify.read_pictures(folder, largest=SMALL_CROP)]
-    try:
-        return verify.measure_halo(run, pictures, stride=stride, scale=scale)
-    except ExportError:
-        pictures = [picture for _, picture in verify.read_pictures(folder, largest=LARGE_CROP)]
-        return verify.measure_halo(run, pictures, stride=stride, scale=scale)
 
 
 def _check_parity(
@@ -195,6 +185,7 @@ def _check_parity(
         # is traced from this very network.
         half = in_half(network)
         check(f"torch {torch.__version__}", "fp16", lambda batch: verify.run_torch(half, batch, scale=scale))
+        _check_half_graph(stage, folder, references)
     for engine, precision in ENGINES:
         try:
             backend = open_backend(engine, Request(folder, stage, "uint8", "cpu", precision))
@@ -214,6 +205,17 @@ def _check_parity(
     if not any(row.precision == "fp32" for row in rows):
         raise ExportError("no engine to check the export with: pip install 'sr-sdk[cpu]'")
     return tuple(rows)
+
+
+def _check_half_graph(stage: Stage, folder: Path, references: Sequence[tuple[str, np.ndarray, np.ndarray]]) -> None:
+    """Run the fp16 graph where its arithmetic is fp32: shows that the graph is right, not how fp16 rounds."""
+    try:
+        import onnxruntime
+    except ImportError:  # the export is refused further on if no other engine can check it
+        return
+    graph = folder / stage.graph(precision="fp16", ends="uint8").file.name
+    with closing(OnnxRuntimeBackend(onnxruntime, str(graph), device="cpu", precision="fp16")) as backend:
+        verify.check_parity(backend.run, references, precision="fp16", where=f"stage {stage.name}, graph {graph.name}")
 
 
 def _check_float_graph(

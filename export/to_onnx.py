@@ -81,7 +81,7 @@ def trace(network: Network, *, scale: int, ends: str, weights: WeightsFile) -> o
     example = torch.zeros(2, 2 * stride, 3 * stride, 3, dtype=getattr(torch, ends))
     dim = torch.export.Dim
     shapes = {"picture": {0: dim("batch"), 1: stride * dim("rows"), 2: stride * dim("columns")}}
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), _quiet("torch.onnx"):
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), quiet("torch.onnx", "onnxscript"):
         warnings.simplefilter("ignore")  # of the exporter's own internals
         program = torch.onnx.export(
             graph,
@@ -156,11 +156,14 @@ def _share_weights(model: onnx.ModelProto, weights: WeightsFile) -> None:
 
 
 @contextlib.contextmanager
-def _quiet(name: str) -> Iterator[None]:
-    logger = logging.getLogger(name)
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+def quiet(*names: str) -> Iterator[None]:
+    """Hold back what loggers say below errors."""
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -23,6 +23,7 @@ LOG = logging.getLogger(__name__)
 PICTURES = Path(__file__).parent / "pictures"
 MAX_FP32_ERROR = 1  # code values against PyTorch
 MIN_PSNR_DB = {"fp16": 50.0, "bf16": 45.0}
+FIRST_SIDE, MAX_SIDE = 288, 1152  # of the pictures that the halo is measured on; time grows with the square
 
 
 @dataclass(frozen=True)
@@ -114,61 +115,100 @@ def measure_halo(
     """Find the smallest context with which no pixel of a tiled picture is off by more than 1 code value.
 
     run: (1, h, w, 3) uint8 -> (1, h*scale, w*scale, 3) uint8. pictures: real ones; hard synthetic ones are added.
-    For each context the pictures are cut by the runtime's own plan into tiles of four strides, and every pixel is
-    compared with the picture run whole. The context is doubled until it is enough, then halved in on; each one
-    measured is a row of the result.
-    Returns: rows of rising context. The error never rises with it: a worse one further on replaces those before.
-    Raises: ExportError if no context up to the pictures' size is enough.
+    Each picture is run whole and with its upper left or lower right cut away: the error at each distance from such a
+    cut says how much context the network wants. The smallest that seems enough is then proved: all pictures are cut
+    by the runtime's own plan, and every pixel is compared. Pictures of few strides come first, twice as large ones
+    if three contexts do not fit into them.
+    Returns: rows of rising context, whose error never rises.
+    Raises: ExportError if no context below a third of MAX_SIDE is enough.
     """
-    sources = [*pictures, *_hard_pictures(pictures)]
-    sources = [on_grid(source, stride) for source in sources]
-    wholes = [run(source[None])[0] for source in sources]
-    smallest = min(max(source.shape[:2]) for source in sources)
-
-    def measure(context: int) -> int:
-        halo = context * stride
-        window = (4 + 2 * context) * stride
-        worst = 0
-        for source, whole in zip(sources, wholes, strict=True):
-            plan = tiling.plan(source.shape[:2], window=(window, window), halo=halo, stride=stride)
-            tiled = np.empty_like(whole)
-            for place in plan.windows:
-                tiling.place(tiled, run(tiling.gather(source, [place])), [place], scale=scale)
-            worst = max(worst, compare(tiled, whole).max_error)
-        LOG.info("halo %d px: largest difference %d", halo, worst)
-        return worst
-
-    errors = {0: measure(0)}
-    while errors[max(errors)] > 1:
-        context = max(errors)
-        wider = max(1, 2 * context)
-        if (4 + 2 * wider) * stride >= smallest:  # one window would be the whole picture, which tells nothing
-            raise ExportError(
-                f"tiles still differ by {errors[context]} code values with a context of {context * stride} px; "
-                f"larger pictures than {smallest} px are needed to measure the halo (--pictures)"
-            )
-        errors[wider] = measure(wider)
-    enough = max(errors)
-    while enough and (short := max(context for context in errors if context < enough)) + 1 < enough:
-        middle = (short + enough) // 2
-        errors[middle] = measure(middle)
-        enough = middle if errors[middle] <= 1 else enough
-    contexts = sorted(errors)
-    return tuple(
-        HaloRow(context * stride, float(max(errors[c] for c in contexts if c >= context))) for context in contexts
+    side = tiling.round_up(FIRST_SIDE, stride)
+    while side <= MAX_SIDE:
+        sources = _hard_sources(pictures, side)
+        wholes = [run(source[None])[0] for source in sources]
+        errors = _errors_by_distance(run, sources, wholes, stride=stride, scale=scale)
+        context = next((c for c, error in enumerate(errors) if error <= 1), side)
+        while 3 * context * stride < side:
+            proved = _tiled_error(run, sources, wholes, context=context, stride=stride, scale=scale)
+            errors[context] = max(errors[context], proved)
+            LOG.info("halo %d px: largest difference %d", context * stride, errors[context])
+            if errors[context] <= 1:
+                return tuple(HaloRow(c * stride, float(max(errors[c : context + 1]))) for c in range(context + 1))
+            context += 1
+        LOG.info("pictures of %d px are too small to measure the halo", side)
+        side *= 2
+    raise ExportError(
+        f"no context up to a third of {MAX_SIDE} px keeps tiles within 1 code value; this network cannot be tiled"
     )
 
 
-def _hard_pictures(pictures: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Make what reaches furthest through a network: noise, a checkerboard, black and white pixels, dithered photos."""
+def _hard_sources(pictures: Sequence[np.ndarray], side: int) -> list[np.ndarray]:
+    """Crop or mirror real pictures to a square, and add what reaches furthest through a network.
+
+    These are noise, a checkerboard, black and white pixels, and the real pictures dithered.
+    """
     rng = np.random.default_rng(0)
-    height, width = pictures[0].shape[:2]
-    rows, columns = np.indices((height, width))
+    real = [tiling.pad_to(picture[:side, :side], (side, side)) for picture in pictures]
+    rows, columns = np.indices((side, side))
     checkerboard = ((rows + columns) % 2 * 255).astype(np.uint8)[:, :, None].repeat(3, axis=2)
-    specks = rng.choice(np.array([0, 255], np.uint8), (height, width, 1)).repeat(3, axis=2)
-    dithered = [np.asarray(Image.fromarray(picture).convert("1").convert("RGB")) for picture in pictures]
-    noise = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
-    return [noise, checkerboard, specks, *dithered]
+    specks = rng.choice(np.array([0, 255], np.uint8), (side, side, 1)).repeat(3, axis=2)
+    noise = rng.integers(0, 256, (side, side, 3), dtype=np.uint8)
+    dithered = [np.asarray(Image.fromarray(picture).convert("1").convert("RGB")) for picture in real]
+    return [*real, noise, checkerboard, specks, *dithered]
+
+
+def _errors_by_distance(
+    run: Callable[[np.ndarray], np.ndarray],
+    sources: Sequence[np.ndarray],
+    wholes: Sequence[np.ndarray],
+    *,
+    stride: int,
+    scale: int,
+) -> list[int]:
+    """Give the largest difference at a distance of at least c strides from a cut, for c = 0, 1, ...
+
+    The cuts take a quarter of both sides away, once at the upper left and once at the lower right.
+    """
+    side = len(sources[0])
+    cut = side // 4 // stride * stride
+    kept = side - cut
+    # Distance of each row of the upper left cut's result from the cut; of each pixel, the nearer of its two cuts.
+    axis = np.arange(kept * scale) // (stride * scale)
+    distance = np.minimum(axis[:, None], axis[None, :])
+    errors = np.zeros(kept // stride, np.int64)
+    for source, whole in zip(sources, wholes, strict=True):
+        corners = (
+            (run(source[None, cut:, cut:])[0], whole[cut * scale :, cut * scale :], distance),
+            (run(source[None, :kept, :kept])[0], whole[: kept * scale, : kept * scale], distance[::-1, ::-1]),
+        )
+        for result, reference, away in corners:
+            np.maximum.at(errors, away, np.abs(result.astype(np.int16) - reference).max(axis=2))
+    return [int(error) for error in np.maximum.accumulate(errors[::-1])[::-1]]
+
+
+def _tiled_error(
+    run: Callable[[np.ndarray], np.ndarray],
+    sources: Sequence[np.ndarray],
+    wholes: Sequence[np.ndarray],
+    *,
+    context: int,
+    stride: int,
+    scale: int,
+) -> int:
+    """Give the largest difference between whole pictures and the runtime's own tiles: four strides or one context."""
+    overlap = tiling.Overlap(context * stride, stride)
+    side = max(4, context) * stride + overlap.width
+    worst = 0
+    for source, whole in zip(sources, wholes, strict=True):
+        plan = tiling.plan(source.shape[:2], window=(side, side), overlap=overlap)
+        for rows in plan.rows:
+            strip = np.empty_like(whole[rows.keep_start * scale : rows.keep_stop * scale])
+            for columns in plan.columns:
+                place = [(0, columns)]
+                result = run(tiling.gather(source[None, rows.start : rows.stop], place))
+                tiling.place(strip[None], result, place, rows=rows, scale=scale)
+            worst = max(worst, compare(strip, whole[rows.keep_start * scale : rows.keep_stop * scale]).max_error)
+    return worst
 
 
 def activation_bytes(model: onnx.ModelProto, *, window: int) -> int:

@@ -13,7 +13,8 @@ from .errors import (
     OutputError,
     SRError,
 )
-from .upscaler import Stats, Upscaler
+from .stats import Stats
+from .upscaler import Upscaler
 from .version import __version__
 
 __all__ = [

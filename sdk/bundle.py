@@ -21,6 +21,9 @@ FORMAT = "sr-sdk-bundle"
 VERSION = 1
 MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 4 << 20
+MAX_NAME, MAX_TOLD = 100, 300  # characters of a name, and of what a message repeats
+# What Windows takes for a device, whatever the suffix.
+DEVICES = {"con", "prn", "aux", "nul", *(f"{kind}{n}" for kind in ("com", "lpt") for n in range(10))}
 MODELS_DIR = Path(__file__).parent / "models"
 DEFAULT_MODEL = "fast-x2"
 
@@ -203,14 +206,16 @@ def read_manifest(path: Path) -> Manifest:
     try:
         if path.stat().st_size > MAX_MANIFEST_BYTES:
             raise BundleError(f"{path}: larger than {MAX_MANIFEST_BYTES} bytes")
-        values = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+        text = path.read_text(encoding="utf-8")
+        values = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_refuse_twins)
     except (OSError, ValueError, RecursionError) as exc:
-        raise BundleError(f"{path}: not readable as JSON ({exc})") from exc
+        raise BundleError(f"{path}: not readable as JSON ({str(exc)[:MAX_TOLD]})") from exc
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         raise BundleError(f"{path}: not a model bundle (format is not {FORMAT!r})")
     if values.get("version") != VERSION:
         raise BundleError(
-            f"{path}: format version {values.get('version')!r}, this SDK reads {VERSION}; update sr-sdk or export again"
+            f"{path}: format version {_shown(values.get('version'))}, this SDK reads {VERSION}; "
+            "update sr-sdk or export again"
         )
     manifest = _parse(Manifest, values, str(path))
     _check_manifest(manifest, str(path))
@@ -230,6 +235,33 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
+def _refuse_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Build an object whose fields come once each: readers of JSON differ in which of two they take."""
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        raise ValueError("a field comes twice")
+    return values
+
+
+def _shown(value: Any) -> str:
+    """Give the beginning of a value, for a message."""
+    if isinstance(value, int) and value.bit_length() > 64:
+        return "a huge number"  # which Python would refuse to spell out
+    return f"{value!r:.80}"
+
+
+def _is_bare(name: str) -> bool:
+    """Tell whether a file name stays inside its folder, on every system."""
+    stem = name.partition(".")[0].rstrip().lower()
+    return (
+        0 < len(name) <= MAX_TOLD
+        and name.isprintable()
+        and not set(name) & set('/\\:*?"<>|')
+        and not name.endswith((".", " "))  # Windows drops them; these are "." and ".." too
+        and stem not in DEVICES
+    )
+
+
 def _check_file(path: Path, expected: File) -> None:
     if not os.path.isfile(path):
         raise BundleError(f"{path}: named in the manifest but not there; copy the bundle again")
@@ -247,8 +279,10 @@ def _check_file(path: Path, expected: File) -> None:
 def _check_manifest(manifest: Manifest, where: str) -> None:
     def require(condition: bool, what: str) -> None:
         if not condition:
-            raise BundleError(f"{where}: {what}")
+            raise BundleError(f"{where}: {what[:MAX_TOLD]}")
 
+    for name in (manifest.name, *(stage.name for stage in manifest.stages)):
+        require(len(name) <= MAX_NAME and name.isprintable(), f"name {name[:MAX_NAME]!r} is too long or not printable")
     require(1 <= manifest.scale <= 16, f"scale {manifest.scale} is not in 1..16")
     require(manifest.channels == 3, f"channels {manifest.channels}: this SDK runs RGB models")
     for layout in (manifest.input_layout, manifest.output_layout):
@@ -269,11 +303,15 @@ def _check_manifest(manifest: Manifest, where: str) -> None:
         )
         require(all(row.error >= 0 for row in stage.halo), f"stage {stage.name}: negative halo error")
         for file in stage.files():
-            bare = file.name == Path(file.name).name and "\\" not in file.name and file.name not in ("", ".", "..")
-            require(bare and file.name.isprintable(), f"file name {file.name!r} is not a bare name inside the bundle")
+            require(_is_bare(file.name), f"file name {file.name[:MAX_NAME]!r} is not a bare name inside the bundle")
         for graph in stage.graphs:
             require(graph.precision in ("fp32", "fp16"), f"{graph.file.name}: precision {graph.precision!r}")
             require(graph.ends in ("uint8", "float32"), f"{graph.file.name}: ends {graph.ends!r}")
+    try:
+        text = json.dumps(asdict(manifest), ensure_ascii=False)
+    except RecursionError as exc:
+        raise BundleError(f"{where}: training is nested too deeply") from exc
+    require(not any("\ud800" <= character <= "\udfff" for character in text), "a text holds half of a surrogate pair")
 
 
 def _parse(kind: Any, value: Any, where: str) -> Any:
@@ -285,7 +323,7 @@ def _parse(kind: Any, value: Any, where: str) -> Any:
         names = [item.name for item in fields(kind)]
         wrong = sorted(set(names) ^ set(value))
         if wrong:
-            raise BundleError(f"{where}: missing or unknown fields: {', '.join(map(repr, wrong))}")
+            raise BundleError(f"{where}: missing or unknown fields: {', '.join(map(repr, wrong))[:MAX_TOLD]}")
         return kind(**{name: _parse(hints[name], value[name], f"{where}: {name}") for name in names})
     origin = typing.get_origin(kind)
     if origin is tuple:
@@ -298,5 +336,7 @@ def _parse(kind: Any, value: Any, where: str) -> Any:
     if kind is float and type(value) is int and abs(value) < 1 << 53:
         value = float(value)
     if type(value) is not kind or (kind is float and not math.isfinite(value)):
-        raise BundleError(f"{where}: expected {kind.__name__}, got {value!r:.80}")
+        raise BundleError(f"{where}: expected {kind.__name__}, got {_shown(value)}")
+    if kind is int and abs(value) >= 1 << 53:  # beyond it readers of JSON differ
+        raise BundleError(f"{where}: {_shown(value)} is out of range")
     return value

@@ -1,38 +1,64 @@
-"""sr-upscale: picture files in, larger picture files out."""
+"""sr-upscale: picture and video files in, larger ones out."""
 
 from __future__ import annotations
 
 import glob
 import logging
 import os
+import signal
 import sys
+import threading
+from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import click
-import numpy as np
 
-from . import compare, files, pipeline
-from .errors import OutputError, SRError
+from . import files, jobs, video
+from .errors import OptionError, OutputError, SRError
+from .jobs import Job
 from .upscaler import SEAMS, Upscaler
 from .version import __version__
+
+INTERRUPTED = 130  # the exit status of a program that Ctrl-C ended
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("inputs", metavar="IN...", nargs=-1, required=True)
-@click.option("-o", "--output", required=True, help="A file for one picture, else a folder (made if missing).")
+@click.option("-o", "--output", required=True, help="A file for one input, else a folder (made if missing).")
 @click.option("--model", help="A shipped model or a bundle folder.")
 @click.option("--backend", default="auto", show_default=True, help="auto, onnxruntime or openvino.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda:N.")
 @click.option("--precision", default="auto", show_default=True, help="auto, fp32, fp16 or bf16.")
 @click.option("--stage", default="auto", show_default=True, help="Resolution stage of the model.")
+@click.option("--factor", type=float, help="Enlarge by this instead of the model's factor.")
+@click.option("--width", type=click.IntRange(min=1), help="Width of the result in pixels.")
+@click.option("--height", type=click.IntRange(min=1), help="Height of the result in pixels.")
 @click.option("--seams", type=click.Choice(list(SEAMS)), default="exact", show_default=True)
 @click.option("--tile", type=click.IntRange(min=1), help="Side of a tile in pixels of the input.")
+@click.option("--memory", "memory_mib", type=click.IntRange(min=1), help="MiB for the engine's activations.")
+@click.option(
+    "--max-pixels",
+    type=click.IntRange(min=0),
+    default=files.MAX_PIXELS,
+    show_default=True,
+    help="Refuse larger pictures; 0: no limit.",
+)
 @click.option(
     "--format", "suffix", type=click.Choice(sorted({s[1:] for s in files.FORMATS})), help="Write this format."
 )
-@click.option("--quality", type=click.IntRange(1, 100), default=95, show_default=True, help="Of JPEG and WebP.")
+@click.option("--quality", type=click.IntRange(1, 100), default=95, show_default=True, help="Of JPEG, WebP and AVIF.")
+@click.option(
+    "--subsampling",
+    type=click.Choice(files.SUBSAMPLINGS),
+    default="4:4:4",
+    show_default=True,
+    help="Of the colour of JPEG and AVIF.",
+)
+@click.option("--lossless", is_flag=True, help="Of WebP.")
+@click.option("--codec", default="auto", show_default=True, help="Of videos: auto, h264, hevc or vp9.")
+@click.option("--crf", type=click.IntRange(0, 63), default=16, show_default=True, help="Quality of videos, 0 is best.")
 @click.option("--compare", "compare_panel", is_flag=True, help="Also write NAME.compare.png: nearest, bilinear, ours.")
 @click.option("--overwrite", is_flag=True, help="Replace files that exist.")
 @click.option("--verbose", is_flag=True, help="Say what runs and how.")
@@ -40,77 +66,92 @@ from .version import __version__
 def main(
     inputs: tuple[str, ...],
     output: str,
-    model: str | None,
-    backend: str,
-    device: str,
-    precision: str,
-    stage: str,
-    seams: str,
-    tile: int | None,
     suffix: str | None,
-    quality: int,
     compare_panel: bool,
-    overwrite: bool,
     verbose: bool,
+    factor: float | None,
+    width: int | None,
+    height: int | None,
+    codec: str,
+    crf: int,
+    **options: Any,
 ) -> None:
-    """Enlarge pictures: files, folders (all pictures in them) or globs."""
+    """Enlarge pictures and videos: files, globs, or folders (all pictures in them)."""
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(message)s")
     logging.captureWarnings(True)
+    _end_at_once_on_interrupt()
+    engine = {key: options.pop(key) for key in ("model", "backend", "device", "precision", "stage", "seams")}
+    memory_mib = options.pop("memory_mib")
     try:
-        jobs, folder = plan_jobs(inputs, output, suffix=suffix, panels=compare_panel)
-        upscaler = Upscaler(model, backend=backend, device=device, precision=precision, stage=stage, seams=seams)
+        size = _size(width, height, factor)
+        todo, folder = plan_jobs(inputs, output, suffix=suffix, panels=compare_panel)
+        clips = [job for job in todo if video.is_video(job.source)]
+        if clips and (size or factor):
+            raise OptionError("--factor, --width and --height are for pictures; videos grow by the model's factor")
+        upscaler = Upscaler(**engine, memory_mib=memory_mib or "auto")
         if folder:
             _make_folder(folder)
     except SRError as exc:
         raise click.ClickException(str(exc)) from exc
     if verbose:
         click.echo(", ".join(f"{key} {value}" for key, value in upscaler.info.items()), err=True)
-
-    def decode(job: Job) -> tuple[np.ndarray, files.Metadata]:
-        # All that can be refused is refused before the work; what is no picture is told first.
-        for target in filter(os.path.lexists, job.targets):
-            files.check_output(target, overwrite=overwrite)
-        image, metadata = files.read(job.source)
-        files.check_output(job.target, overwrite=overwrite)
-        files.check_format(job.target, image, scale=upscaler.scale)
-        return image, metadata
-
-    def compute(decoded: tuple[np.ndarray, files.Metadata]) -> tuple[np.ndarray, np.ndarray, files.Metadata]:
-        image, metadata = decoded
-        return image, upscaler.upscale(image, tile), metadata
-
-    def encode(job: Job, result: tuple[np.ndarray, np.ndarray, files.Metadata]) -> None:
-        image, enlarged, metadata = result
-        files.write(job.target, enlarged, metadata, quality=quality, overwrite=overwrite)
-        if job.panel:
-            panel = compare.panel(image, enlarged)
-            files.write(job.panel, panel, files.Metadata(), quality=quality, overwrite=overwrite)
-
+    how = jobs.Options(factor=factor, size=size, **options)
     failures: list[SRError] = []
-    with (
-        upscaler,
-        closing(pipeline.overlap(jobs, decode=decode, compute=compute, encode=encode)) as results,
-        click.progressbar(results, length=len(jobs), label="enlarging", file=sys.stderr) as bar,
-    ):
-        failures.extend(result for _, result in bar if isinstance(result, SRError))
+    with upscaler:
+        stills = [job for job in todo if job not in clips]
+        if stills:
+            failures += _enlarge_pictures(upscaler, stills, how)
+        for job in clips:
+            try:
+                _enlarge_video(upscaler, job, overwrite=how.overwrite, codec=codec, crf=crf)
+            except SRError as exc:
+                failures.append(exc)
     for error in failures:
         click.echo(f"failed: {error}", err=True)
     if failures:
-        raise click.ClickException(f"{len(failures)} of {len(jobs)} pictures failed")
+        raise click.ClickException(f"{len(failures)} of {len(todo)} files failed")
 
 
-@dataclass(frozen=True)
-class Job:
-    """One picture to enlarge: from `source` to `target`, and a comparison to `panel`."""
+def _enlarge_pictures(upscaler: Upscaler, todo: Sequence[Job], how: jobs.Options) -> list[SRError]:
+    with (
+        closing(jobs.run_files(upscaler, todo, how)) as results,
+        click.progressbar(results, length=len(todo), label="enlarging", file=sys.stderr) as bar,
+    ):
+        return [error for _, error in bar if error]
 
-    source: Path
-    target: Path
-    panel: Path | None = None
 
-    @property
-    def targets(self) -> list[Path]:
-        """List the files that will be written."""
-        return [self.target, self.panel] if self.panel else [self.target]
+def _enlarge_video(upscaler: Upscaler, job: Job, **options: Any) -> None:
+    with click.progressbar(length=1, label=job.source.name, file=sys.stderr, show_eta=False, show_pos=True,
+                           item_show_func=lambda text: text) as bar:  # fmt: skip
+
+        def show(progress: video.VideoProgress) -> None:
+            bar.length = max(progress.total, progress.frames)
+            eta = "" if progress.eta_s is None else f", {progress.eta_s:.0f} s left"
+            bar.update(progress.frames - bar.pos, f"{progress.fps:.1f} frames/s{eta}")
+
+        video.upscale_video(upscaler, job.source, job.target, progress=show, **options)
+
+
+def _end_at_once_on_interrupt() -> None:
+    """Let Ctrl-C end the program while engines and encoders are at work in threads, which cannot be stopped."""
+    if threading.current_thread() is not threading.main_thread():
+        return
+
+    def end(*_: object) -> None:
+        files.remove_unfinished()
+        # No click.echo: the signal may have come in the middle of one.
+        os.write(2, b"\ninterrupted: finished files are kept\n")
+        os._exit(INTERRUPTED)
+
+    signal.signal(signal.SIGINT, end)
+
+
+def _size(width: int | None, height: int | None, factor: float | None) -> tuple[int | None, int | None] | None:
+    if width is None and height is None:
+        return None
+    if factor is not None:
+        raise OptionError("--factor cannot be combined with --width or --height")
+    return height, width
 
 
 def plan_jobs(

@@ -3,90 +3,108 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
-import re
 import secrets
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from . import pixels
-from .errors import ImageError, OptionError, OutputError
+from . import opening, pixels, png, tiff, vips
+from .errors import OptionError, OutputError, SRError
+from .opening import MAX_PIXELS, Metadata
 
 LOG = logging.getLogger(__name__)
-ORIENTATION = 0x0112
 # Suffix -> Pillow's format.
 FORMATS = {
     ".png": "PNG",
+    ".apng": "PNG",
     ".jpg": "JPEG",
     ".jpeg": "JPEG",
     ".webp": "WEBP",
+    ".avif": "AVIF",
     ".tif": "TIFF",
     ".tiff": "TIFF",
     ".bmp": "BMP",
+    ".gif": "GIF",
 }
-# What may be read, in Pillow's names; it knows more, of which some start other programs (EPS).
-READABLE = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "JPEG2000", "TGA", "ICO")
-MAX_SIDE = {"JPEG": 65500, "WEBP": 16383}
-# TIFF tags that describe the layout of one file, and no other: Pillow gives them as EXIF.
-LAYOUT_TAGS = {254, 256, 257, 258, 259, 262, 266, 273, 277, 278, 279, 284, 292, 293, 317, 320, 322, 323, 324, 325}
-LAYOUT_TAGS |= {330, 338, 339, 347, 700, 33723, 34377, 34675}
+MAX_SIDE = {"JPEG": 65500, "WEBP": 16383, "GIF": 65535, "AVIF": 65536}
+PHOTOMETRIC, WHITE_IS_ZERO = 262, 0
+SUBSAMPLINGS = ("4:4:4", "4:2:2", "4:2:0")
+# What a file system without hard links answers.
+NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EMLINK, errno.EXDEV}
+
+_unfinished: set[Path] = set()
 
 
-@dataclass(frozen=True)
-class Metadata:
-    """What goes along with the pixels: ICC profile and EXIF as bytes, either may be missing."""
+def read(path: Path, *, max_pixels: int | None = MAX_PIXELS) -> tuple[np.ndarray, Metadata]:
+    """Read a picture with its orientation applied, in the depth that the file has.
 
-    icc_profile: bytes | None = None
-    exif: bytes | None = None
-
-
-def read(path: Path) -> tuple[np.ndarray, Metadata]:
-    """Read a picture with its orientation applied.
-
+    max_pixels: largest picture that is decoded; 0 or None is no limit.
     Returns: an array that pixels.check_array accepts, and its metadata with the orientation reset.
-    Raises: ImageError if the file is missing, not a picture, truncated, or larger than Pillow's limit
-    (PIL.Image.MAX_IMAGE_PIXELS: beyond twice that a few bytes of a file could ask for any amount of memory).
+    Raises: ImageError if the file is missing, not a picture, truncated, or larger than the limit; BackendUnavailable
+    if it is one of those for which Pillow does not do and pyvips is not installed (colour of more than 8 bits).
     """
-    try:
-        with Image.open(path, formats=READABLE) as image:
-            deep = _has_16_bits(image)
-            image.load()
-            if deep and image.mode in ("RGB", "RGBA"):
-                LOG.warning("%s: its 16-bit colour is read in 8 bits; Pillow cannot do more", path)
-            if getattr(image, "n_frames", 1) > 1:
-                LOG.warning("%s: %d frames, only the first is read", path, image.n_frames)
-                image.seek(0)
-            return pixels.from_pil(ImageOps.exif_transpose(image)), _metadata(image)
-    except ImageError as exc:
-        raise ImageError(f"{path}: {exc}") from exc
-    except UnidentifiedImageError as exc:
-        raise ImageError(f"{path}: not a picture in a known format") from exc
-    except OSError as exc:
-        raise ImageError(f"{path}: cannot be read ({exc.strerror or exc})") from exc
-    except Image.DecompressionBombError as exc:
-        raise ImageError(f"{path}: too large ({exc}); raise PIL.Image.MAX_IMAGE_PIXELS if you trust it") from exc
-    except Exception as exc:  # Pillow's parsers raise nearly anything for a damaged file
-        raise ImageError(f"{path}: damaged picture ({type(exc).__name__}: {exc})") from exc
+    opening.check_max_pixels(max_pixels)
+    with opening.told(path):
+        try:
+            with opening.opened(path, max_pixels=max_pixels) as image:
+                return _read(path, image, max_pixels)
+        except UnidentifiedImageError:
+            if not opening.is_tiff(path):
+                raise
+        return _read_odd_tiff(path, max_pixels)
 
 
-def _metadata(image: Image.Image) -> Metadata:
-    """Take ICC profile and EXIF without orientation; an EXIF block that cannot be written again is left out."""
-    exif = image.getexif()
+def _read(path: Path, image: Any, max_pixels: int | None) -> tuple[np.ndarray, Metadata]:
+    depth = opening.depth(image)
+    if getattr(image, "n_frames", 1) > 1:
+        LOG.warning("%s: %d frames, only the first is read", path, image.n_frames)
+    if (depth > 8 and not image.mode.startswith("I")) or (image.mode == "I;16" and "transparency" in image.info):
+        orientation = image.getexif().get(opening.ORIENTATION)
+        array = vips.read(path, str(image.format), max_pixels=max_pixels)
+        # libheif has turned the picture already.
+        array = array if image.format == "AVIF" else opening.turn(array, orientation)
+    elif depth > 8:
+        array = opening.turn(_grey16(image, depth), image.getexif().get(opening.ORIENTATION))
+    else:
+        image.load()
+        opening.check_size(image.size, max_pixels)  # what lies inside an ICO has a size of its own
+        array = pixels.from_pil(ImageOps.exif_transpose(image), name=path)
+    metadata = opening.take_metadata(image)
+    if image.mode in pixels.PROFILED:  # the profile has been used
+        metadata = replace(metadata, icc_profile=None)
+    return array, metadata
+
+
+def _grey16(image: Any, depth: int) -> np.ndarray:
+    """Decode grey of 9 to 16 bits to the whole range of uint16, which Pillow does for some formats only."""
+    image.load()
+    if image.mode == "I" and image.format in ("PNG", "PPM"):
+        return np.asarray(image).astype(np.uint16)
+    array = pixels.from_pil(image)
     if image.format == "TIFF":
-        for tag in LAYOUT_TAGS & set(exif):
-            del exif[tag]
-    exif.pop(ORIENTATION, None)
-    try:
-        block = exif.tobytes() if exif else None
-    except Exception as exc:  # of damaged tags, nearly any
-        LOG.warning("EXIF is damaged and not kept (%s: %s)", type(exc).__name__, exc)
-        block = None
-    return Metadata(image.info.get("icc_profile") or None, block)
+        if depth == 12:
+            array = array << 4 | array >> 8
+        if image.tag_v2.get(PHOTOMETRIC) == WHITE_IS_ZERO:
+            array = 65535 - array
+    return array
+
+
+def _read_odd_tiff(path: Path, max_pixels: int | None) -> tuple[np.ndarray, Metadata]:
+    """Read a TIFF whose layout Pillow does not know, like 16-bit grey with alpha or colour in floating point."""
+    array = vips.read(path, "TIFF", max_pixels=max_pixels)
+    exif = Image.Exif()
+    with open(path, "rb") as stream:
+        exif.load_from_fp(stream)
+        orientation, profile = exif.get(opening.ORIENTATION), exif.get(tiff.ICC_PROFILE)
+        block = opening.pack_exif(exif, tiff=True)
+    return opening.turn(array, orientation), Metadata(profile if isinstance(profile, bytes) else None, block)
 
 
 def check_output(path: Path, *, overwrite: bool) -> None:
@@ -94,8 +112,11 @@ def check_output(path: Path, *, overwrite: bool) -> None:
 
     Raises: OutputError if the format is unknown, the folder is missing, or the file exists and may not be replaced.
     """
-    if path.suffix.lower() not in FORMATS:
+    kind = FORMATS.get(path.suffix.lower())
+    if kind is None:
         raise OutputError(f"{path}: unknown format {path.suffix!r}: one of {', '.join(FORMATS)}")
+    if kind == "AVIF" and not opening.has_avif():
+        raise OutputError(f"{path}: this Pillow writes no AVIF: pip install 'pillow>=11.3', or write WebP")
     # os.path: unlike Path's methods, these do not raise for names that the system refuses.
     if not os.path.isdir(path.parent):
         raise OutputError(f"{path}: the folder {path.parent} does not exist")
@@ -113,57 +134,151 @@ def check_format(path: Path, image: np.ndarray, *, scale: int) -> None:
     kind = FORMATS[path.suffix.lower()]
     channels = image.shape[2] if image.ndim == 3 else 1
     if kind in ("JPEG", "BMP") and channels in (2, 4):
-        raise OutputError(f"{path}: {kind} has no alpha channel; write PNG, WebP or TIFF")
-    if image.dtype != np.uint8 and not (kind in ("PNG", "TIFF") and channels == 1):
-        raise OutputError(f"{path}: {kind} with {channels} channels of {image.dtype} is not supported here; use uint8")
-    if kind == "PNG" and image.dtype == np.float32:
-        raise OutputError(f"{path}: PNG has no floating point; write TIFF")
-    side = max(image.shape[:2]) * scale
+        raise OutputError(f"{path}: {kind} has no alpha channel; write PNG, WebP, AVIF or TIFF")
+    if image.dtype == np.uint16 and kind not in ("PNG", "TIFF"):
+        raise OutputError(f"{path}: {kind} is written in 8 bits and the picture has 16; write PNG or TIFF")
+    if image.dtype == np.float32 and kind != "TIFF":
+        raise OutputError(f"{path}: {kind} has no floating point; write TIFF")
+    check_side(path, image.shape[:2], scale=scale)
+
+
+def check_side(path: Path, size: tuple[int, ...], *, scale: int) -> None:
+    """Refuse a destination whose format cannot be as large as (height, width) enlarged.
+
+    Raises: OutputError.
+    """
+    kind, side = FORMATS[path.suffix.lower()], max(size) * scale
     if side > MAX_SIDE.get(kind, side):
         raise OutputError(f"{path}: {kind} holds at most {MAX_SIDE[kind]} pixels a side, not {side}; write PNG or TIFF")
 
 
-def write(path: Path, image: np.ndarray, metadata: Metadata, *, quality: int, overwrite: bool) -> None:
-    """Write a picture under a temporary name, then rename it.
+def write(
+    path: Path,
+    image: np.ndarray,
+    metadata: Metadata,
+    *,
+    quality: int,
+    overwrite: bool,
+    subsampling: str = "4:4:4",
+    lossless: bool = False,
+) -> None:
+    """Write a picture under a temporary name, then give it its own.
 
-    image: as returned by Upscaler.upscale. quality: of JPEG and WebP, 1 to 100.
-    Raises: OptionError for another quality; OutputError if it cannot be written (disk full, no permission, a format
-    without alpha or 16 bits).
+    image: as returned by Upscaler.upscale. quality: of JPEG, WebP and AVIF, 1 to 100. subsampling: of the colour of
+    JPEG and AVIF. lossless: of WebP, instead of a quality; others are so or are not.
+    Raises: OptionError for another quality or subsampling; OutputError if it cannot be written (disk full, no
+    permission, a format without alpha or 16 bits, or the file exists and may not be replaced).
     """
     check_quality(quality)
+    check_subsampling(subsampling)
     check_output(path, overwrite=overwrite)
     check_format(path, image, scale=1)
     kind = FORMATS[path.suffix.lower()]
-    if kind == "WEBP" and image.ndim == 3 and image.shape[2] == 2:
-        image = image[:, :, [0, 0, 0, 1]]
-    picture = pixels.to_pil(image)
-    options: dict[str, Any] = {}
-    if kind in ("JPEG", "WEBP"):
-        options["quality"] = quality
-    if kind == "JPEG":
-        options["subsampling"] = 0
-    if kind == "TIFF" and not metadata.exif:  # with compression Pillow cannot write EXIF's tables (GPS, exposure)
-        options["compression"] = "tiff_adobe_deflate"
-    if kind != "BMP" and metadata.exif:
-        options["exif"] = metadata.exif
-    if kind != "BMP" and metadata.icc_profile:
-        if pixels.fits_profile(metadata.icc_profile, "RGB" if kind == "WEBP" else picture.mode):
-            options["icc_profile"] = metadata.icc_profile
+    image = image[:, :, None] if image.ndim == 2 else image
+    colour_space = "RGB" if kind in ("WEBP", "AVIF") or image.shape[2] >= 3 else "L"
+    metadata = metadata if kind in ("PNG", "JPEG", "WEBP", "AVIF", "TIFF") else Metadata()
+    if metadata.icc_profile and not pixels.fits_profile(metadata.icc_profile, colour_space):
+        LOG.warning("%s: the ICC profile is not of the result's colour space and is dropped", path)
+        metadata = replace(metadata, icc_profile=None)
+    with new_file(path, overwrite=overwrite) as stream:
+        if kind == "TIFF":
+            tiff.write(stream, image, metadata)
+        elif image.dtype == np.uint16:
+            png.write_deep(stream, image, metadata)
         else:
-            LOG.warning("%s: the ICC profile is not of the result's colour space and is dropped", path)
+            picture, options = _prepare(kind, image)
+            options |= encoder_options(kind, quality=quality, subsampling=subsampling, lossless=lossless)
+            for key in ("icc_profile", "exif"):
+                if getattr(metadata, key):
+                    options[key] = getattr(metadata, key)
+            picture.save(stream, kind, **options)
+
+
+def _prepare(kind: str, image: np.ndarray) -> tuple[Image.Image, dict[str, Any]]:
+    """Give a uint8 picture in a mode that Pillow writes in a format, and options that belong to it."""
+    if kind == "GIF":
+        picture, transparent = pixels.to_palette(image)
+        return picture, {} if transparent is None else {"transparency": transparent}
+    if kind in ("WEBP", "AVIF") and image.shape[2] == 2:
+        image = image[:, :, [0, 0, 0, 1]]
+    return pixels.to_pil(image), {}
+
+
+def encoder_options(kind: str, *, quality: int, subsampling: str, lossless: bool) -> dict[str, Any]:
+    """Give Pillow's options for a format, without those that it does not have."""
+    if kind == "WEBP" and lossless:
+        return {"lossless": True, "quality": 100, "exact": True}  # exact: hidden colour too
+    options: dict[str, Any] = {}
+    if kind in ("JPEG", "WEBP", "AVIF"):
+        options["quality"] = quality
+    if kind in ("JPEG", "AVIF"):
+        options["subsampling"] = subsampling
+    return options
+
+
+@contextlib.contextmanager
+def new_file(path: Path, *, overwrite: bool) -> Iterator[BinaryIO]:
+    """Open a file that appears under its name when the block ends, complete and on the disk, or not at all.
+
+    Without `overwrite` it is not replaced even if another program makes one of that name in the meantime.
+    Raises: OutputError if it cannot be written; an SRError from inside the block passes.
+    """
     temporary = path.with_name(f".sr-{secrets.token_hex(8)}.part")
+    _unfinished.add(temporary)
     try:
         with open(temporary, "xb") as stream:
-            picture.save(stream, kind, **options)
+            yield stream
             stream.flush()
             os.fsync(stream.fileno())
-        os.replace(temporary, path)
+        if overwrite:
+            os.replace(temporary, path)
+        else:
+            _claim(temporary, path)
+        _sync_folder(path.parent)
+    except SRError:
+        raise
     except Exception as exc:  # OSError of the system; Pillow's encoders raise nearly anything
-        reason = getattr(exc, "strerror", None) or exc
+        reason = getattr(exc, "strerror", None) or opening.one_line(exc) or type(exc).__name__
         raise OutputError(f"{path}: cannot be written ({reason})") from exc
     finally:
         with contextlib.suppress(OSError, ValueError):  # ValueError: a folder with a name that the system refuses
             temporary.unlink(missing_ok=True)
+        _unfinished.discard(temporary)
+
+
+def remove_unfinished() -> None:
+    """Remove the temporary files of everything that is being written, for a program that ends without unwinding."""
+    for temporary in list(_unfinished):
+        with contextlib.suppress(OSError, ValueError):
+            os.unlink(temporary)
+
+
+def _claim(temporary: Path, path: Path) -> None:
+    """Give a finished file its name unless that is taken, in one step where the file system has hard links."""
+    try:
+        try:
+            os.link(temporary, path)
+        except OSError as exc:
+            if exc.errno not in NO_LINKS:
+                raise
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))  # an empty file holds the name
+            try:
+                os.replace(temporary, path)
+            except BaseException:
+                os.unlink(path)
+                raise
+    except FileExistsError as exc:
+        raise OutputError(f"{path}: exists already; choose another name or allow overwriting") from exc
+
+
+def _sync_folder(folder: Path) -> None:
+    """Bring a new name to the disk, where the system lets folders be opened."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def check_quality(quality: int) -> None:
@@ -172,7 +287,7 @@ def check_quality(quality: int) -> None:
         raise OptionError(f"quality {quality!r}: a number from 1 to 100")
 
 
-def _has_16_bits(image: Image.Image) -> bool:
-    """Tell whether the file of a picture that is not loaded yet holds 16 bits a channel, whatever its mode says."""
-    # (decoder, extents, offset, arguments): the arguments name the layout, like "RGB;16B".
-    return any(re.search(";16[BLN]", str(tile[3])) for tile in getattr(image, "tile", []))
+def check_subsampling(subsampling: str) -> None:
+    """Raise OptionError unless subsampling is one that JPEG and AVIF have."""
+    if subsampling not in SUBSAMPLINGS:
+        raise OptionError(f"subsampling {subsampling!r}: one of {', '.join(SUBSAMPLINGS)}")

@@ -12,6 +12,7 @@ from pathlib import Path
 from .errors import BundleError
 
 MAX_DEPTH = 100  # as protobuf's own parsers
+MAX_GRAPH_BYTES = 256 << 20  # read into memory; weights lie in a file of their own
 
 # Message -> {field number: message in it}, from onnx.proto: every way that leads to a TensorProto.
 FIELDS = {
@@ -35,6 +36,8 @@ def check_locations(path: Path, allowed: Collection[str]) -> None:
     Raises: BundleError if one does not, or if the file is not well-formed protobuf.
     """
     try:
+        if path.stat().st_size > MAX_GRAPH_BYTES:
+            raise BundleError(f"{path}: larger than {MAX_GRAPH_BYTES} bytes; export it with external weights")
         data = path.read_bytes()
     except OSError as exc:
         raise BundleError(f"{path}: cannot be read ({exc.strerror})") from exc
@@ -44,7 +47,7 @@ def check_locations(path: Path, allowed: Collection[str]) -> None:
         raise BundleError(f"{path}: not an ONNX graph ({exc}); export the bundle again") from exc
     for location in locations:
         if location not in allowed:
-            raise BundleError(f"{path}: a tensor lies in {location!r}, which is not a file of the bundle")
+            raise BundleError(f"{path}: a tensor lies in {location[:300]!r}, which is not a file of the bundle")
 
 
 def _locations(data: memoryview, message: str, depth: int) -> Iterator[str]:

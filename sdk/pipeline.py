@@ -1,4 +1,4 @@
-"""Overlap decoding, computing and encoding of many pictures, in order and with bounded queues."""
+"""Overlap decoding, computing and encoding of many pictures, in order and with a bound on what is under way."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from .errors import SRError
 
-AHEAD = 2  # items decoded before they are needed, and items being encoded: bounds the memory
+AHEAD = 3  # items under way beyond those being encoded: one in each step, and one result that waits
 
 
 def overlap(
@@ -18,44 +18,37 @@ def overlap(
     decode: Callable[[Any], Any],
     compute: Callable[[Any], Any],
     encode: Callable[[Any, Any], Any] = lambda item, result: result,
+    encoders: int = 1,
 ) -> Generator[tuple[Any, Any], None, None]:
     """Yield (item, encode(item, compute(decode(item)))) in order; an SRError of any step is yielded as the result.
 
-    decode and encode run in a thread each, compute in the thread that iterates. Other exceptions, and those of
-    `items` itself, end the iteration.
+    decode and compute run in a thread each, encode in `encoders` of them; at most AHEAD + encoders items are taken
+    before the first of them is yielded. Other exceptions, and those of `items` itself, end the iteration.
     """
-    source = iter(items)
-    with ThreadPoolExecutor(1, "sr-decode") as decoder, ThreadPoolExecutor(1, "sr-encode") as encoder:
-        decoding: deque[tuple[Any, Future[Any]]] = deque()
-        encoding: deque[tuple[Any, Future[Any]]] = deque()
-
-        def read_ahead() -> None:
-            while len(decoding) < AHEAD:
-                try:
-                    item = next(source)
-                except StopIteration:
-                    return
-                decoding.append((item, decoder.submit(_catch, decode, item)))
-
-        def finished() -> tuple[Any, Any]:
-            item, future = encoding.popleft()
-            return item, future.result()
-
+    with (
+        ThreadPoolExecutor(1, "sr-decode") as decoder,
+        ThreadPoolExecutor(1, "sr-compute") as computer,
+        ThreadPoolExecutor(encoders, "sr-encode") as encoder,
+    ):
+        pending: deque[tuple[Any, Future[Any]]] = deque()
         try:
-            read_ahead()
-            while decoding:
-                item, future = decoding.popleft()
-                read_ahead()
-                decoded = future.result()
-                result = decoded if isinstance(decoded, SRError) else _catch(compute, decoded)
-                encoding.append((item, encoder.submit(_encode, encode, item, result)))
-                while encoding and (len(encoding) > AHEAD or encoding[0][1].done()):
-                    yield finished()
-            while encoding:
-                yield finished()
-        finally:  # also when the consumer stops early
-            for _, future in decoding:
-                future.cancel()
+            for item in items:
+                decoded = decoder.submit(_catch, decode, item)
+                computed = computer.submit(_then, decoded, compute)
+                pending.append((item, encoder.submit(_then, computed, encode, item)))
+                while pending and (len(pending) >= AHEAD + encoders or pending[0][1].done()):
+                    yield pending[0][0], pending.popleft()[1].result()
+            while pending:
+                yield pending[0][0], pending.popleft()[1].result()
+        finally:  # also when the consumer stops early: what has not begun never does
+            for pool in (encoder, computer, decoder):
+                pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _then(before: Future[Any], function: Callable[..., Any], *arguments: Any) -> Any:
+    """Go on with the result of the step before, unless that is an error of ours."""
+    result = before.result()
+    return result if isinstance(result, SRError) else _catch(function, *arguments, result)
 
 
 def _catch(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -63,7 +56,3 @@ def _catch(function: Callable[..., Any], *arguments: Any) -> Any:
         return function(*arguments)
     except SRError as exc:
         return exc
-
-
-def _encode(encode: Callable[[Any, Any], Any], item: Any, result: Any) -> Any:
-    return result if isinstance(result, SRError) else _catch(encode, item, result)

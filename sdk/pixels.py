@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +12,12 @@ from PIL import Image
 
 from .errors import ImageError
 
+LOG = logging.getLogger(__name__)
 MAX_OVERSHOOT = 0.5  # of float pictures beyond 0 and 1, as resampling leaves it: clipped; more is another range
 DTYPES = (np.dtype(np.uint8), np.dtype(np.uint16), np.dtype(np.float32))
+PROFILED = ("CMYK", "LAB")  # PIL modes that an ICC profile turns into RGB
+BLACK_POINT_COMPENSATION: Any = 0x2000  # cmsFLAGS_BLACKPOINTCOMPENSATION; ImageCms.Flags came with Pillow 10.3
+OPAQUE_FROM = 128  # alpha from which a pixel is visible where there is only visible or not: GIF
 
 
 def check_array(image: np.ndarray) -> None:
@@ -113,11 +119,12 @@ def _fill(weighted: np.ndarray, weight: np.ndarray) -> np.ndarray:
     return np.where(weight > 0, weighted / np.maximum(weight, 1e-6), below)
 
 
-def from_pil(image: Image.Image) -> np.ndarray:
+def from_pil(image: Image.Image, *, name: object = "the picture") -> np.ndarray:
     """Turn a PIL picture into an array that `check_array` accepts.
 
     Modes L, LA, RGB, RGBA, I;16 and F stay; palettes become RGB or RGBA; 1 becomes L; CMYK, YCbCr, LAB and HSV become
-    RGB. Raises: ImageError for other modes, or if the file behind the picture is damaged.
+    RGB, CMYK and LAB through their ICC profile if there is one. name: of the picture, for the log.
+    Raises: ImageError for other modes, or if the file behind the picture is damaged.
     """
     try:
         image.load()
@@ -133,13 +140,40 @@ def from_pil(image: Image.Image) -> np.ndarray:
         image = image.convert("RGBA" if "transparency" in image.info or mode == "PA" else "RGB")
     elif mode == "1":
         image = image.convert("L")
-    elif mode in ("CMYK", "YCbCr", "LAB", "HSV", "RGBX"):
+    elif mode in PROFILED:
+        image = _through_profile(image, name)
+    elif mode in ("YCbCr", "HSV", "RGBX"):
         image = image.convert("RGB")
     elif mode == "F":
         return np.asarray(image, dtype=np.float32)
     else:
         raise ImageError(f"PIL mode {mode!r} is not supported; convert to L, RGB or RGBA first")
     return np.asarray(image)
+
+
+def _through_profile(image: Image.Image, name: object) -> Image.Image:
+    """Convert CMYK or LAB to sRGB, through the embedded profile if there is a usable one."""
+    from PIL import ImageCms
+
+    profile = image.info.get("icc_profile")
+    if profile:
+        try:
+            converted = ImageCms.profileToProfile(
+                image,
+                ImageCms.ImageCmsProfile(io.BytesIO(profile)),
+                ImageCms.createProfile("sRGB"),
+                renderingIntent=ImageCms.Intent.RELATIVE_COLORIMETRIC,
+                outputMode="RGB",
+                flags=BLACK_POINT_COMPENSATION,
+            )
+        except (ImageCms.PyCMSError, OSError, ValueError) as exc:
+            LOG.warning("%s: its ICC profile is not one for %s and is not used (%s)", name, image.mode, exc)
+        else:
+            LOG.info("%s: %s, converted to sRGB through its ICC profile", name, image.mode)
+            assert converted is not None  # None only if converted in place
+            return converted
+    LOG.warning("%s: %s, converted to RGB without a profile: colours are approximate", name, image.mode)
+    return image.convert("RGB")
 
 
 def to_pil(image: np.ndarray) -> Image.Image:
@@ -152,6 +186,45 @@ def to_pil(image: np.ndarray) -> Image.Image:
     if image.ndim == 3 and image.dtype != np.uint8:
         raise ImageError(f"PIL has no mode for {image.shape[2]} channels of {image.dtype}")
     return Image.fromarray(image)
+
+
+def to_palette(image: np.ndarray) -> tuple[Image.Image, int | None]:
+    """Turn a uint8 picture of 1 to 4 channels into at most 256 colours, as GIF has them.
+
+    More colours than that are chosen by median cut and dithered; fewer stay as they are. Alpha becomes visible or not.
+    Returns: a PIL picture of mode P, and the index of the transparent colour, or None if all is visible.
+    """
+    visible, transparent = None, None
+    if image.ndim == 3 and image.shape[2] in (2, 4):
+        visible = image[:, :, -1] >= OPAQUE_FROM
+        image = image[:, :, :-1]
+        if visible.all():
+            visible = None
+    colour = np.asarray(to_pil(image).convert("RGB"))
+    if visible is None:
+        indices, palette = _quantise(colour, colour, 256)
+    else:
+        seen = colour[visible][None] if visible.any() else np.zeros((1, 1, 3), np.uint8)
+        indices, palette = _quantise(np.where(visible[:, :, None], colour, seen[0, 0]), seen, 255)
+        transparent = len(palette)
+        indices = np.where(visible, indices, np.uint8(transparent))
+        palette = np.concatenate((palette, np.zeros((1, 3), np.uint8)))
+    picture = Image.fromarray(indices)
+    picture.putpalette(palette.tobytes())
+    return picture, transparent
+
+
+def _quantise(colour: np.ndarray, sample: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Find at most `count` colours for a sample of (H, W, 3) uint8 and draw a picture with them: indices, palette."""
+    picture = Image.fromarray(colour)
+    if picture.getcolors(count):
+        packed = colour.astype(np.uint32) @ np.array((1 << 16, 1 << 8, 1), np.uint32)
+        found, indices = np.unique(packed, return_inverse=True)
+        palette = found[:, None] >> np.array((16, 8, 0), np.uint32) & 255
+        return indices.reshape(colour.shape[:2]).astype(np.uint8), palette.astype(np.uint8)
+    cut = Image.fromarray(sample).quantize(count, method=Image.Quantize.MEDIANCUT)
+    drawn = picture.quantize(palette=cut, dither=Image.Dither.FLOYDSTEINBERG)
+    return np.asarray(drawn), np.reshape(drawn.getpalette() or [], (-1, 3)).astype(np.uint8)
 
 
 def kept_info(image: Image.Image, mode: str) -> dict[str, Any]:

@@ -7,10 +7,12 @@ at the picture's edges they are shifted inwards, and their zero padding meets th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+
+MIN_FADE = 8  # LR pixels of a cross-fade: enough to hide a step of a few code values
 
 
 @dataclass(frozen=True)
@@ -31,18 +33,51 @@ class Span:
 class Plan:
     """How one picture is run.
 
-    padded: size after mirror padding to the grid; windows: (rows, columns) in reading order, all of `window` size.
+    padded: size after mirror padding to the grid; rows, columns: the spans of both axes; every pair is a window.
     """
 
     size: tuple[int, int]
     padded: tuple[int, int]
-    window: tuple[int, int]
-    windows: tuple[tuple[Span, Span], ...]
+    rows: tuple[Span, ...]
+    columns: tuple[Span, ...]
 
     @property
-    def one_piece(self) -> bool:
-        """Whether nothing is cut."""
-        return len(self.windows) == 1
+    def window(self) -> tuple[int, int]:
+        """Size of every window."""
+        return self.rows[0].stop - self.rows[0].start, self.columns[0].stop - self.columns[0].start
+
+    @property
+    def count(self) -> int:
+        """Number of windows; 1 if nothing is cut."""
+        return len(self.rows) * len(self.columns)
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """How neighbouring windows meet.
+
+    halo: context on each side that is thrown away; fade: width of the cross-fade of kept pixels. Both are multiples
+    of the stride.
+    """
+
+    halo: int
+    stride: int
+    fade: int = 0
+
+    @property
+    def width(self) -> int:
+        """Pixels that two neighbours share."""
+        return 2 * self.halo + self.fade
+
+    @property
+    def smallest_window(self) -> int:
+        """Side of the smallest window that still advances."""
+        return self.width + self.stride
+
+
+def fade_width(stride: int) -> int:
+    """Give the width of a cross-fade on a stride grid."""
+    return round_up(MIN_FADE, stride)
 
 
 def round_up(length: int, stride: int) -> int:
@@ -50,116 +85,132 @@ def round_up(length: int, stride: int) -> int:
     return -(-length // stride) * stride
 
 
-def plan(size: tuple[int, int], *, window: tuple[int, int], halo: int, stride: int, blend: bool = False) -> Plan:
-    """Cover a picture with equal windows, each trusted only `halo` pixels away from its inner edges.
+def plan(size: tuple[int, int], *, window: tuple[int, int], overlap: Overlap) -> Plan:
+    """Cover a picture with equal windows, of which only pixels `halo` away from inner edges are kept.
 
-    size: of the picture, at least (1, 1). window: each side a multiple of `stride`, and larger than 2*halo unless
-    the padded picture fits into it. halo: a multiple of stride. blend: cross-fade neighbours over half the halo
-    on each side of a cut.
+    size: of the picture, at least (1, 1). window: each side a multiple of the stride, and at least
+    `overlap.smallest_window` unless the padded picture fits into it.
     """
-    padded = (round_up(size[0], stride), round_up(size[1], stride))
-    rows, columns = (
-        spans(length, window=side, halo=halo, fade=halo if blend else 0)
-        for length, side in zip(padded, window, strict=True)
-    )
-    shape = (rows[0].stop - rows[0].start, columns[0].stop - columns[0].start)
-    return Plan(size, padded, shape, tuple((row, column) for row in rows for column in columns))
+    padded = (round_up(size[0], overlap.stride), round_up(size[1], overlap.stride))
+    rows, columns = (tuple(spans(length, side, overlap)) for length, side in zip(padded, window, strict=True))
+    return Plan(size, padded, rows, columns)
 
 
-def spans(length: int, *, window: int, halo: int, fade: int = 0) -> list[Span]:
-    """Cut one axis of a padded picture; without `fade` the kept parts cover it once and without gaps.
-
-    fade: width of the cross-fade around each cut, at most 2*halo.
-    """
+def spans(length: int, window: int, overlap: Overlap) -> list[Span]:
+    """Cut one axis of a padded picture; the kept parts cover it, and only cross-fades twice."""
     if length <= window:
         return [Span(0, length, 0, length)]
-    assert window > 2 * halo >= fade
-    count = count_windows(length, window=window, halo=halo)
-    starts = [index * (window - 2 * halo) for index in range(count - 1)]
+    assert window >= overlap.smallest_window
+    count = count_windows(length, window, overlap)
+    starts = [index * (window - overlap.width) for index in range(count - 1)]
     starts.append(length - window)  # shifted inwards
-    # Where one window's kept part ends and the next one's begins.
-    cuts = [start + window - halo for start in starts[:-1]]
-    result = []
-    for index, start in enumerate(starts):
-        keep_start = cuts[index - 1] - fade // 2 if index else 0
-        keep_stop = cuts[index] + fade // 2 if index < len(cuts) else length
-        result.append(Span(start, start + window, keep_start, keep_stop, fade // 2 * 2 if index else 0))
+    result: list[Span] = []
+    for start in starts:
+        last = start == starts[-1]
+        fade = overlap.fade if result else 0
+        keep_start = result[-1].keep_stop - fade if result else 0
+        keep_stop = length if last else start + window - overlap.halo
+        result.append(Span(start, start + window, keep_start, keep_stop, fade))
     return result
 
 
-def choose_window(size: tuple[int, int], *, limit: int, halo: int, stride: int) -> tuple[int, int]:
+def choose_window(size: tuple[int, int], *, limit: int, overlap: Overlap) -> tuple[int, int]:
     """Find the window of at most `limit` pixels that runs the fewest pixels over a whole picture.
 
-    One piece wins where it fits. Otherwise squares are tried, then shrunk to what their count needs.
+    One piece wins where it fits. Otherwise squares are tried, then shrunk to what their count needs: engines take
+    the same time for a pixel, whatever the window.
     """
+    stride = overlap.stride
     padded = (round_up(size[0], stride), round_up(size[1], stride))
     if padded[0] * padded[1] <= limit:
         return padded
-    smallest = 2 * halo + stride
-    largest = max(smallest, int(limit**0.5) // stride * stride)
+    largest = max(overlap.smallest_window, int(limit**0.5) // stride * stride)
     best: tuple[int, tuple[int, int]] | None = None
-    for side in range(smallest, largest + 1, stride):
-        window = tuple(_shrink(length, window=side, halo=halo, stride=stride) for length in padded)
-        counts = [count_windows(length, window=w, halo=halo) for length, w in zip(padded, window, strict=True)]
-        cost = counts[0] * counts[1] * window[0] * window[1]
+    for side in range(overlap.smallest_window, largest + 1, stride):
+        height, width = (_shrink(length, side, overlap) for length in padded)
+        windows = count_windows(padded[0], height, overlap) * count_windows(padded[1], width, overlap)
+        cost = windows * height * width
         if best is None or cost <= best[0]:
-            best = cost, (window[0], window[1])
+            best = cost, (height, width)
     assert best is not None
     return best[1]
 
 
-def _shrink(length: int, *, window: int, halo: int, stride: int) -> int:
+def _shrink(length: int, window: int, overlap: Overlap) -> int:
     """Give the smallest window that needs no more spans than `window` does."""
-    count = count_windows(length, window=window, halo=halo)
+    count = count_windows(length, window, overlap)
     if count == 1:
         return length
-    # count windows reach count * (window - 2*halo) + 2*halo pixels.
-    return round_up(-(-(length - 2 * halo) // count), stride) + 2 * halo
+    # count windows reach count * (window - width) + width pixels.
+    return round_up(-(-(length - overlap.width) // count), overlap.stride) + overlap.width
 
 
-def count_windows(length: int, *, window: int, halo: int) -> int:
+def count_windows(length: int, window: int, overlap: Overlap) -> int:
     """Count the spans that one axis needs."""
     if length <= window:
         return 1
-    return 1 + -(-(length - window) // (window - 2 * halo))
+    return 1 + -(-(length - window) // (window - overlap.width))
 
 
-def pad_to(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Mirror (without repeating the edge) at the right and bottom: (H, W, C) -> (size[0], size[1], C)."""
-    bottom, right = size[0] - image.shape[0], size[1] - image.shape[1]
+def pad_to(images: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Mirror (without repeating the edge) at the right and bottom: (..., H, W, C) -> (..., size[0], size[1], C)."""
+    bottom, right = size[0] - images.shape[-3], size[1] - images.shape[-2]
     if bottom == right == 0:
-        return image
-    return np.pad(image, ((0, bottom), (0, right), (0, 0)), mode="reflect")
+        return images
+    return np.pad(images, ((0, 0),) * (images.ndim - 3) + ((0, bottom), (0, right), (0, 0)), mode="reflect")
 
 
-def gather(padded: np.ndarray, windows: Sequence[tuple[Span, Span]]) -> np.ndarray:
-    """Copy windows out of a padded picture: (H, W, C) -> (N, h, w, C), C-contiguous."""
-    return np.stack([padded[rows.start : rows.stop, columns.start : columns.stop] for rows, columns in windows])
+def gather(band: np.ndarray, windows: Sequence[tuple[int, Span]]) -> np.ndarray:
+    """Copy windows out of a band of padded rows.
 
-
-def place(canvas: np.ndarray, outputs: np.ndarray, windows: Sequence[tuple[Span, Span]], *, scale: int) -> None:
-    """Write the kept part of each result into the canvas, which may be smaller than the padded picture.
-
-    canvas: (H*scale, W*scale, C); outputs: (N, h*scale, w*scale, C).
+    band: (N, h, W, C); windows: (picture, columns). Returns: (len(windows), h, w, C), C-contiguous, without a copy
+    where the band is the only window.
     """
-    for output, (rows, columns) in zip(outputs, windows, strict=True):
-        target = canvas[
-            rows.keep_start * scale : rows.keep_stop * scale, columns.keep_start * scale : columns.keep_stop * scale
-        ]
-        top, left = (rows.keep_start - rows.start) * scale, (columns.keep_start - columns.start) * scale
+    if len(windows) == len(band) == 1 and windows[0][1].stop - windows[0][1].start == band.shape[2]:
+        return np.ascontiguousarray(band)
+    return np.stack([band[index, :, columns.start : columns.stop] for index, columns in windows])
+
+
+def place(
+    strip: np.ndarray, outputs: np.ndarray, windows: Sequence[tuple[int, Span]], *, rows: Span, scale: int
+) -> None:
+    """Write the kept part of each result into a strip of kept rows, from left to right.
+
+    strip: (N, kept*scale, W*scale, C), which may be smaller than the padded picture; outputs: (len(windows), h*scale,
+    w*scale, C).
+    """
+    top = (rows.keep_start - rows.start) * scale
+    for output, (index, columns) in zip(outputs, windows, strict=True):
+        target = strip[index, :, columns.keep_start * scale : columns.keep_stop * scale]
+        left = (columns.keep_start - columns.start) * scale
         kept = output[top : top + target.shape[0], left : left + target.shape[1]]
-        if rows.fade or columns.fade:
-            vertical = _ramp(target.shape[0], rows.fade * scale)
-            weight = (vertical[:, None] * _ramp(target.shape[1], columns.fade * scale))[:, :, None]
-            # A fresh canvas may hold anything, NaN included, where a window is the first to write.
-            with np.errstate(invalid="ignore"):
-                mixed = np.where(weight < 1, kept * weight + target * (1 - weight), kept)
-            kept = np.rint(mixed).astype(target.dtype) if target.dtype == np.uint8 else mixed
-        target[:] = kept
+        fade = columns.fade * scale
+        target[:, fade:] = kept[:, fade:]
+        if fade:
+            target[:, :fade] = _cross_fade(target[:, :fade], kept[:, :fade], axis=1)
 
 
-def _ramp(length: int, fade: int) -> np.ndarray:
-    """Give (length,) float32 weights that rise from 0 to 1 over the first `fade` entries."""
-    ramp = np.ones(length, np.float32)
-    ramp[:fade] = ((np.arange(fade) + 0.5) / max(fade, 1))[:length]
-    return ramp
+def finished_rows(strips: Iterable[tuple[Span, np.ndarray]], *, scale: int) -> Iterator[np.ndarray]:
+    """Join strips of kept rows from top to bottom; yield each row once, when no later strip changes it.
+
+    strips: (rows, (N, kept*scale, W*scale, C)). A strip's cross-fade is held back until the next one comes.
+    """
+    held: np.ndarray | None = None
+    for rows, strip in strips:
+        if held is not None:
+            fade = rows.fade * scale
+            yield held[:, : held.shape[1] - fade]
+            if fade:
+                strip[:, :fade] = _cross_fade(held[:, -fade:], strip[:, :fade], axis=1)
+        held = strip
+    if held is not None:
+        yield held
+
+
+def _cross_fade(before: np.ndarray, after: np.ndarray, *, axis: int) -> np.ndarray:
+    """Go over from one picture to the other along an axis."""
+    length = before.shape[axis]
+    weight = ((np.arange(length) + 0.5) / max(length, 1)).astype(np.float32)
+    weight = weight.reshape([length if index == axis else 1 for index in range(before.ndim)])
+    mixed = before * (1 - weight) + after * weight
+    return mixed if before.dtype == np.float32 else np.rint(mixed).astype(before.dtype)

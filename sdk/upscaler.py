@@ -3,38 +3,30 @@
 from __future__ import annotations
 
 import logging
+import operator
+import os
 import threading
-import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image
 
-from . import files, memory, pipeline, pixels, tiling
+from . import bands, files, jobs, memory, pipeline, pixels, resize, tiling
 from .backends import Backend, Request, open_backend
 from .bundle import Bundle
-from .errors import BackendError, OptionError, OutOfMemory, SRError
+from .errors import BackendError, ImageError, OptionError, OutOfMemory, SRError
+from .stats import Meter, Stats, shape_pixels
 
 LOG = logging.getLogger(__name__)
 Picture = TypeVar("Picture", np.ndarray, Image.Image)
+# (start, stop) -> (N, stop - start, W, 3): rows of padded pictures.
+ReadRows = Callable[[int, int], np.ndarray]
 
 # seams -> largest difference from the untiled result that is accepted, in 8-bit code values.
 SEAMS = {"exact": 1.0, "fast": 4.0}
-
-
-@dataclass(frozen=True)
-class Stats:
-    """Running totals since the Upscaler was made. seconds: inside `upscale`, summed over threads."""
-
-    pictures: int = 0
-    tiles: int = 0
-    pixels: int = 0
-    retries: int = 0
-    seconds: float = 0.0
 
 
 class Upscaler:
@@ -46,10 +38,14 @@ class Upscaler:
         never replaced.
     stage: resolution stage of the bundle; "auto" is the last one trained, whatever the picture's size.
     seams: the halo is the one measured at export to keep tiles within 1 code value of the untiled result in fp32
-        ("exact"), or within 4 and cross-faded ("fast": up to 12 were seen on dithered pictures).
+        ("exact"), or within 4 and cross-faded ("fast").
     batch: windows run at once, or "auto".
+    memory_mib: what the engine's activations may take; it sets how large a piece is run at once. "auto" is enough for
+        little overlap, and at most a quarter of the memory that is free now.
+    on_picture: called with the Stats of each picture that is done, in the thread that made it.
     Raises: BundleError, BackendUnavailable or OptionError.
-    Thread-safe: calls keep nothing on the object but the totals in `stats`.
+    Thread-safe: calls keep nothing on the object but the totals in `stats`. Does not survive a fork: make it in the
+    worker process.
     """
 
     def __init__(
@@ -62,46 +58,61 @@ class Upscaler:
         stage: str = "auto",
         seams: str = "exact",
         batch: int | str = "auto",
+        memory_mib: int | str = "auto",
+        on_picture: Callable[[Stats], None] | None = None,
     ):
         if seams not in SEAMS:
             raise OptionError(f"seams {seams!r}: one of {', '.join(SEAMS)}")
-        if batch != "auto" and not _is_count(batch):
-            raise OptionError(f"batch {batch!r}: 'auto' or a number from 1")
+        wanted_batch = None if batch == "auto" else _count(batch, "batch", "'auto' or a number from 1")
+        wanted_mib = None if memory_mib == "auto" else _count(memory_mib, "memory_mib", "'auto' or a number from 1")
         self._bundle = Bundle.load(model)
         self._stage = self._bundle.stage(stage)
         self._seams = seams
-        self._halo = self._stage.context(error=SEAMS[seams])
+        self._overlap = tiling.Overlap(
+            halo=self._stage.context(error=SEAMS[seams]),
+            stride=self._stage.stride,
+            fade=tiling.fade_width(self._stage.stride) if seams == "fast" else 0,
+        )
+        self._on_picture = on_picture
         self._lock = threading.Lock()
         self._stats = Stats()
         self._closed = False
+        self._process = os.getpid()
         request = Request(self._bundle.folder, self._stage, "uint8", device, precision)
         self._backends: dict[str, Backend] = {"uint8": open_backend(backend, request)}
-        self._batch = self._backends["uint8"].batch if batch == "auto" else int(batch)
+        self._batch = wanted_batch or self._backends["uint8"].batch
         # Read once: the same picture is cut the same way, whatever else runs later.
-        budget = memory.budget_bytes() // (self._stage.activation_bytes * self._batch)
-        self._window_pixels = max((2 * self._halo + 2 * self._stage.stride) ** 2, budget)
+        self._window_pixels = max(
+            self._overlap.smallest_window**2,
+            memory.window_pixels(
+                self._stage.activation_bytes, halo=self._overlap.halo, batch=self._batch, limit_mib=wanted_mib
+            ),
+        )
 
     @property
     def scale(self) -> int:
-        """The factor that sides grow by."""
+        """The factor that sides grow by in one pass."""
         return self._bundle.manifest.scale
 
     @property
     def info(self) -> dict[str, Any]:
         """What runs: model, stage, backend, engine, device, precision, and how pictures are cut."""
         backend = self._backends["uint8"]
+        side = int(self._window_pixels**0.5) // self._stage.stride * self._stage.stride
         return {
             "model": self._bundle.manifest.name,
             "scale": self.scale,
             "stage": self._stage.name,
+            "weights_sha256": self._stage.weights.sha256,
             "backend": backend.name,
             "engine": backend.engine,
             "device": backend.device,
             "precision": backend.precision,
             "seams": self._seams,
-            "halo": self._halo,
+            "halo": self._overlap.halo,
             "stride": self._stage.stride,
             "one_piece_pixels": self._window_pixels,
+            "largest_window": (side, side),
             "batch": self._batch,
         }
 
@@ -111,52 +122,109 @@ class Upscaler:
         with self._lock:
             return self._stats
 
-    def upscale(self, image: Picture, tile: int | None = None) -> Picture:
-        """Enlarge one picture by `scale`.
+    def upscale(
+        self,
+        image: Picture,
+        tile: int | None = None,
+        *,
+        factor: float | None = None,
+        size: tuple[int | None, int | None] | None = None,
+    ) -> Picture:
+        """Enlarge one picture by `scale`, or to another factor or size.
 
         image: (H, W), (H, W, 1..4) uint8, uint16 or float32 in [0, 1], RGB order; or a PIL picture. Not modified.
         tile: side of a tile in LR pixels, without its halo; None runs in one piece where that fits in memory.
+        factor, size: instead of `scale`; size is (height, width) of the result, one of which may be None to keep the
+        shape. The network is applied as often as comes nearest, then one antialiased resize gives the exact size.
         Returns: the same type, dtype and channels, a new array or picture of (H*scale, W*scale). PIL palettes, CMYK and
         the like become RGB or RGBA; ICC profile and EXIF stay in `info`, and an orientation in it is not applied.
-        Raises: ImageError for anything else; OptionError for another tile; OutOfMemory or another BackendError if the
-        engine fails.
+        Raises: ImageError for anything else; OptionError for another tile, factor or size; OutOfMemory or another
+        BackendError if the engine fails.
         uint8 runs as it is; uint16 and float32 run in fp32, whatever the precision of the 8-bit path.
         Thread-safe; blocks until done.
         """
-        if tile is not None and not _is_count(tile):
-            raise OptionError(f"tile {tile!r}: a number of pixels from 1, or None")
-        if isinstance(image, Image.Image):
-            picture = pixels.to_pil(self.upscale(pixels.from_pil(image), tile))
-            picture.info.update(pixels.kept_info(image, picture.mode))
-            return picture
-        pixels.check_array(image)
-        started = time.perf_counter()
-        try:
-            planes = pixels.split(image)
-            colour, tiles = self._enlarge(planes.colour, tile)
-            alpha = planes.alpha
-            if isinstance(alpha, np.ndarray):
-                alpha, alpha_tiles = self._enlarge(alpha, tile)
-                tiles += alpha_tiles
-            channels = image.shape[2] if image.ndim == 3 else None
-            result = pixels.join(pixels.Planes(colour, alpha), channels=channels, dtype=image.dtype)
-        except MemoryError as exc:
-            raise OutOfMemory(f"the enlargement of a picture of shape {image.shape} does not fit into memory") from exc
-        self._count(pictures=1, tiles=tiles, pixels=image.shape[0] * image.shape[1], started=started)
+        meter = Meter()
+        result = self.upscale_metered(image, tile, factor=factor, size=size, meter=meter)
+        self.record(meter.stats())
         return result
 
-    def upscale_file(self, src: str | Path, dst: str | Path, *, overwrite: bool = False, quality: int = 95) -> None:
-        """Enlarge a file; ICC profile and EXIF are kept, orientation is applied.
+    def upscale_batch(self, images: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Enlarge pictures of one shape and dtype together, as the frames of a video.
 
-        quality: of JPEG and WebP, 1 to 100. Existing files are replaced only if `overwrite`.
+        images: arrays as for `upscale`. Returns: one new array each.
+        Raises: as `upscale`; ImageError if shapes or dtypes differ.
+        """
+        if not images:
+            return []
+        meter = Meter()
+        for image in images:
+            pixels.check_array(image)
+        if len({(image.shape, image.dtype) for image in images}) > 1:
+            raise ImageError("the pictures of a batch differ in shape or dtype")
+        split = [pixels.split(image) for image in images]
+        colours = self._enlarge(np.stack([planes.colour for planes in split]), None, meter)
+        results = []
+        for image, planes, colour in zip(images, split, colours, strict=True):
+            alpha = planes.alpha
+            if isinstance(alpha, np.ndarray):
+                alpha = self._enlarge(alpha[None], None, meter)[0]
+            results.append(pixels.join(pixels.Planes(colour, alpha), channels=_channels(image), dtype=image.dtype))
+            meter.add(pixels=shape_pixels(image))
+        self.record(meter.stats(pictures=len(images)))
+        return results
+
+    def upscale_bands(
+        self, rows: Iterable[np.ndarray], size: tuple[int, int], tile: int | None = None
+    ) -> Iterator[np.ndarray]:
+        """Enlarge a picture that comes and goes in bands of rows, so that it need never be whole in memory.
+
+        rows: (any number, W) or (any number, W, 1..4) arrays from top to bottom, together of `size` (height, width).
+        Yields: bands of the result from top to bottom, of the same dtype and channels.
+        Raises: as `upscale`; ImageError if the rows do not make up the size.
+        The same result as `upscale`, but for the colour of invisible pixels, which is filled from each band alone.
+        """
+        meter = Meter()
+        window = bands.Window(rows, size, stride=self._stage.stride)
+        plan = self._plan(size, tile, self._window_pixels)
+
+        def strips() -> Iterator[tuple[tiling.Span, np.ndarray]]:
+            for row in plan.rows:
+                with meter.part("gather"):
+                    planes = pixels.split(window.read(row.start, row.stop))
+                strip = self._strip(planes.colour[None], row, plan, meter)
+                alpha = planes.alpha
+                if isinstance(alpha, np.ndarray):
+                    strip = np.concatenate((strip, self._strip(alpha[None], row, plan, meter)))
+                elif alpha is not None:
+                    strip = np.concatenate((strip, np.full_like(strip, alpha)))
+                yield row, strip  # (1 or 2, kept*scale, W*scale, 3): colour and alpha
+
+        for part in tiling.finished_rows(strips(), scale=self.scale):
+            planes = pixels.Planes(part[0], part[1] if len(part) > 1 else None)
+            yield pixels.join(planes, channels=window.channels, dtype=window.dtype)
+        window.check_end()
+        meter.add(pixels=size[0] * size[1])
+        self.record(meter.stats())
+
+    def upscale_file(
+        self,
+        src: str | Path,
+        dst: str | Path,
+        *,
+        overwrite: bool = False,
+        quality: int = 95,
+        factor: float | None = None,
+        size: tuple[int | None, int | None] | None = None,
+    ) -> None:
+        """Enlarge a file; ICC profile and EXIF are kept, orientation is applied, animations stay animated.
+
+        quality: of JPEG, WebP and AVIF, 1 to 100. Existing files are replaced only if `overwrite`.
+        factor, size: as for `upscale`.
         Raises: ImageError for an unreadable source, OutputError for an unwritable destination, OptionError for another
         quality, BackendError if the engine fails; no partial file stays.
         """
-        files.check_quality(quality)
-        files.check_output(Path(dst), overwrite=overwrite)
-        image, metadata = files.read(Path(src))
-        files.check_format(Path(dst), image, scale=self.scale)
-        files.write(Path(dst), self.upscale(image), metadata, quality=quality, overwrite=overwrite)
+        options = jobs.Options(overwrite=overwrite, quality=quality, factor=factor, size=size)
+        jobs.run_file(self, jobs.Job(Path(src), Path(dst)), options)
 
     def upscale_many(
         self, images: Iterable[np.ndarray | Image.Image | str | Path]
@@ -165,24 +233,40 @@ class Upscaler:
 
         images: arrays, PIL pictures, or paths (which give arrays). Lazy: a few items are taken ahead.
         Yields: results in order; an item that fails yields its SRError instead, and the others go on.
+        Raises: OptionError for a single path, which would be read letter by letter.
         """
+        if isinstance(images, (str, Path)):
+            raise OptionError(f"upscale_many takes several pictures; for one file write [{str(images)!r}]")
+        return self._upscale_many(images)
 
-        def decode(item: Any) -> Any:
-            return files.read(Path(item))[0] if isinstance(item, (str, Path)) else item
+    def upscale_files(
+        self,
+        pairs: Iterable[tuple[str | Path, str | Path]],
+        *,
+        overwrite: bool = False,
+        quality: int = 95,
+        factor: float | None = None,
+        size: tuple[int | None, int | None] | None = None,
+    ) -> Iterator[tuple[Path, SRError | None]]:
+        """Enlarge files (source, destination); decoding, computing and encoding overlap.
 
-        with closing(pipeline.overlap(images, decode=decode, compute=self.upscale)) as results:
-            for _, result in results:
-                yield result
+        Yields: (source, None) when its destination is written, or (source, its SRError), in order.
+        """
+        options = jobs.Options(overwrite=overwrite, quality=quality, factor=factor, size=size)
+        todo = (jobs.Job(Path(src), Path(dst)) for src, dst in pairs)
+        for job, error in jobs.run_files(self, todo, options):
+            yield job.source, error
 
     def warmup(self, size: tuple[int, int] | None = None) -> None:
-        """Run once ahead of time, so that the first picture of that (height, width) meets a ready engine.
+        """Run ahead of time, so that the first picture of that (height, width) meets a ready engine.
 
         Raises: OptionError unless both are at least 1; BackendError if the engine fails.
         """
-        height, width = size or (self._stage.stride, self._stage.stride)
-        if not (_is_count(height) and _is_count(width)):
-            raise OptionError(f"warmup size {size!r}: (height, width), both from 1")
-        self._enlarge(np.zeros((height, width, 3), np.uint8), None)
+        sides = size or (self._stage.stride, self._stage.stride)
+        height, width = (_count(side, "warmup size", "(height, width), both from 1") for side in sides)
+        # Twice: an engine may prepare itself for a size when it comes again.
+        for _ in range(2):
+            self._enlarge(np.zeros((1, height, width, 3), np.uint8), None, Meter())
 
     def close(self) -> None:
         """Free the engines; later calls of `upscale` raise BackendError."""
@@ -197,54 +281,152 @@ class Upscaler:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _enlarge(self, image: np.ndarray, tile: int | None) -> tuple[np.ndarray, int]:
-        """(H, W, 3) uint8 or float32 -> (H*scale, W*scale, 3) of the same dtype, and the number of windows run."""
-        backend = self._backend("uint8" if image.dtype == np.uint8 else "float32")
-        batch, limit = self._batch, self._window_pixels
+    def record(self, stats: Stats) -> None:
+        """Add to the totals, and tell `on_picture`."""
+        with self._lock:
+            self._stats += stats
+        if self._on_picture:
+            self._on_picture(stats)
+
+    def upscale_metered(
+        self,
+        image: Picture,
+        tile: int | None = None,
+        *,
+        factor: float | None = None,
+        size: tuple[int | None, int | None] | None = None,
+        meter: Meter,
+    ) -> Picture:
+        """Do what `upscale` does, but leave the counting to the caller."""
+        if tile is not None:
+            tile = _count(tile, "tile", "a number of pixels from 1, or None")
+        if isinstance(image, Image.Image):
+            array = self.upscale_metered(pixels.from_pil(image), tile, factor=factor, size=size, meter=meter)
+            picture = pixels.to_pil(array)
+            picture.info.update(pixels.kept_info(image, picture.mode))
+            return picture
+        pixels.check_array(image)
+        wanted = resize.target_size(image.shape[:2], scale=self.scale, factor=factor, size_wanted=size)
+        result = image
+        try:
+            for _ in range(resize.count_passes(image.shape[:2], wanted, scale=self.scale)):
+                result = self._pass(result, tile, meter)
+            result = resize.resize(result, wanted)
+        except MemoryError as exc:
+            raise OutOfMemory(f"the enlargement of a picture of shape {image.shape} does not fit into memory") from exc
+        meter.add(pixels=shape_pixels(image))
+        return result
+
+    def _upscale_many(self, images: Iterable[Any]) -> Iterator[np.ndarray | Image.Image | SRError]:
+        def decode(item: Any) -> Any:
+            return files.read(Path(item))[0] if isinstance(item, (str, Path)) else item
+
+        with closing(pipeline.overlap(images, decode=decode, compute=self.upscale)) as results:
+            for _, result in results:
+                yield result
+
+    def _pass(self, image: np.ndarray, tile: int | None, meter: Meter) -> np.ndarray:
+        """Apply the network once to a checked array."""
+        planes = pixels.split(image)
+        colour = self._enlarge(planes.colour[None], tile, meter)[0]
+        alpha = planes.alpha
+        if isinstance(alpha, np.ndarray):
+            alpha = self._enlarge(alpha[None], tile, meter)[0]
+        return pixels.join(pixels.Planes(colour, alpha), channels=_channels(image), dtype=image.dtype)
+
+    def _enlarge(self, images: np.ndarray, tile: int | None, meter: Meter) -> np.ndarray:
+        """(N, H, W, 3) uint8 or float32 -> (N, H*scale, W*scale, 3) of the same dtype."""
+        limit = self._window_pixels
         while True:
-            plan = self._plan(image.shape[:2], tile, limit)
+            plan = self._plan(images.shape[1:3], tile, limit)
             try:
-                return self._run(backend, image, plan, batch), len(plan.windows)
+                return self._run(images, plan, meter)
             except OutOfMemory:
-                smallest = 2 * self._halo + self._stage.stride
-                if batch > 1:
-                    batch //= 2
-                elif plan.window[0] * plan.window[1] > smallest**2:
-                    tile, limit = None, plan.window[0] * plan.window[1] // 2
-                else:
+                window = plan.window[0] * plan.window[1]
+                if window <= self._overlap.smallest_window**2:
                     raise
-                LOG.warning("out of memory: trying again with batch %d and windows of %d pixels", batch, limit)
+                tile, limit = None, max(window // 2, self._overlap.smallest_window**2)
+                LOG.warning("out of memory: trying again with windows of %d pixels", limit)
                 with self._lock:  # remembered, so that the next picture does not fail first
-                    self._batch, self._window_pixels = min(self._batch, batch), min(self._window_pixels, limit)
-                    self._stats = replace(self._stats, retries=self._stats.retries + 1)
+                    self._window_pixels = min(self._window_pixels, limit)
+                meter.add(retries=1)
 
     def _plan(self, size: tuple[int, int], tile: int | None, limit: int) -> tiling.Plan:
-        stride, halo = self._stage.stride, self._halo
         if tile is not None:
-            side = tiling.round_up(tile, stride) + 2 * halo
+            side = tiling.round_up(tile, self._stage.stride) + self._overlap.width
             window = (side, side)
         else:
-            window = tiling.choose_window(size, limit=limit, halo=halo, stride=stride)
-        return tiling.plan(size, window=window, halo=halo, stride=stride, blend=self._seams == "fast")
+            window = tiling.choose_window(size, limit=limit, overlap=self._overlap)
+        return tiling.plan(size, window=window, overlap=self._overlap)
 
-    def _run(self, backend: Backend, image: np.ndarray, plan: tiling.Plan, batch: int) -> np.ndarray:
-        padded = tiling.pad_to(image, plan.padded)
-        canvas = np.empty((image.shape[0] * self.scale, image.shape[1] * self.scale, 3), image.dtype)
-        for first in range(0, len(plan.windows), batch):
-            windows = plan.windows[first : first + batch]
-            outputs = backend.run(tiling.gather(padded, windows))
-            expected = (len(windows), plan.window[0] * self.scale, plan.window[1] * self.scale, 3)
-            if outputs.shape != expected or outputs.dtype != image.dtype:
-                raise BackendError(
-                    f"{backend.name} returned {outputs.dtype} {outputs.shape}, expected {image.dtype} {expected}"
-                )
-            if outputs.dtype == np.float32 and not np.isfinite(outputs).all():
-                raise BackendError(f"{backend.name} {backend.precision} produced NaN or infinite values: use fp32")
-            tiling.place(canvas, outputs, windows, scale=self.scale)
+    def _run(self, images: np.ndarray, plan: tiling.Plan, meter: Meter) -> np.ndarray:
+        padded = tiling.pad_to(images, plan.padded)
+        strips = ((row, self._strip(padded[:, row.start : row.stop], row, plan, meter)) for row in plan.rows)
+        finished = tiling.finished_rows(strips, scale=self.scale)
+        if len(plan.rows) == 1:
+            return next(finished)
+        height, width = (side * self.scale for side in plan.size)
+        canvas = np.empty((len(images), height, width, 3), images.dtype)
+        top = 0
+        for part in finished:
+            with meter.part("place"):
+                canvas[:, top : top + part.shape[1]] = part
+            top += part.shape[1]
         return canvas
+
+    def _strip(self, band: np.ndarray, row: tiling.Span, plan: tiling.Plan, meter: Meter) -> np.ndarray:
+        """Run one row of windows: (N, h, W, 3) padded rows -> (N, kept*scale, W*scale, 3)."""
+        backend = self._backend("uint8" if band.dtype == np.uint8 else "float32")
+        band = tiling.pad_to(band, (band.shape[1], plan.padded[1]))
+        windows = [(index, columns) for index in range(len(band)) for columns in plan.columns]
+        height, width = (min(row.keep_stop, plan.size[0]) - row.keep_start) * self.scale, plan.size[1] * self.scale
+        strip: np.ndarray | None = None
+        first = 0
+        while first < len(windows):
+            batch = windows[first : first + self._batch]
+            with meter.part("gather"):
+                inputs = tiling.gather(band, batch)
+            try:
+                with meter.part("run"):
+                    outputs = self._checked_run(backend, inputs)
+            except OutOfMemory:
+                if len(batch) == 1:
+                    raise
+                LOG.warning("out of memory: trying again with batch %d", len(batch) // 2)
+                with self._lock:
+                    self._batch = min(self._batch, len(batch) // 2)
+                meter.add(retries=1)
+                continue
+            meter.add(tiles=len(batch))
+            if len(windows) == 1 and outputs.shape[1:3] == (height, width):
+                return outputs
+            with meter.part("place"):
+                if strip is None:
+                    strip = np.empty((len(band), height, width, 3), band.dtype)
+                tiling.place(strip, outputs, batch, rows=row, scale=self.scale)
+            first += len(batch)
+        assert strip is not None
+        return strip
+
+    def _checked_run(self, backend: Backend, inputs: np.ndarray) -> np.ndarray:
+        outputs = backend.run(inputs)
+        count, height, width, _ = inputs.shape
+        expected = (count, height * self.scale, width * self.scale, 3)
+        if outputs.shape != expected or outputs.dtype != inputs.dtype:
+            raise BackendError(
+                f"{backend.name} returned {outputs.dtype} {outputs.shape}, expected {inputs.dtype} {expected}"
+            )
+        if outputs.dtype == np.float32 and not np.isfinite(outputs).all():
+            raise BackendError(f"{backend.name} {backend.precision} produced NaN or infinite values: use fp32")
+        return outputs
 
     def _backend(self, ends: str) -> Backend:
         """Give the engine for 8-bit or float pictures; the latter is opened when first needed, always in fp32."""
+        if os.getpid() != self._process:  # before the lock, which another thread may have held at the fork
+            raise BackendError(
+                "this Upscaler was made before a fork, and engines do not survive one: make it in the worker process "
+                "(gunicorn: post_fork; multiprocessing: in the worker's initializer)"
+            )
         with self._lock:
             if self._closed:
                 raise BackendError("this Upscaler is closed")
@@ -254,16 +436,18 @@ class Upscaler:
                 self._backends[ends] = open_backend(main.name, request)
             return self._backends[ends]
 
-    def _count(self, *, pictures: int, tiles: int, pixels: int, started: float) -> None:
-        with self._lock:
-            self._stats = replace(
-                self._stats,
-                pictures=self._stats.pictures + pictures,
-                tiles=self._stats.tiles + tiles,
-                pixels=self._stats.pixels + pixels,
-                seconds=self._stats.seconds + time.perf_counter() - started,
-            )
+
+def _channels(image: np.ndarray) -> int | None:
+    """Give the channels that pixels.join takes: None for an (H, W) array."""
+    return image.shape[2] if image.ndim == 3 else None
 
 
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+def _count(value: Any, name: str, expected: str) -> int:
+    """Take a whole number from 1, NumPy's too. Raises: OptionError."""
+    try:
+        number = operator.index(value)
+    except TypeError as exc:
+        raise OptionError(f"{name} {value!r}: {expected}") from exc
+    if isinstance(value, bool) or number < 1:
+        raise OptionError(f"{name} {value!r}: {expected}")
+    return number

@@ -20,7 +20,14 @@ ALLOWED = {
 }
 # Outside engines' own files and the command, the runtime stands on these alone.
 RUNTIME = {"numpy", "PIL"}
-ENGINE_FILES = {"sdk/backends/onnxruntime.py": {"onnxruntime"}, "sdk/backends/openvino.py": {"openvino"}}
+# File, or folder of files, -> what it may import besides, where it is used.
+OPTIONAL = {
+    "sdk/backends/onnxruntime.py": {"onnxruntime"},
+    "sdk/backends/openvino.py": {"openvino"},
+    "sdk/vips.py": {"pyvips"},
+    "sdk/video": {"av"},
+    "sdk/cli.py": {"click"},
+}
 TORCH_FREE_BENCHMARKS = {"cli", "demo", "report", "machine"}
 
 
@@ -56,17 +63,22 @@ def test_export_takes_only_documented_parts_of_training():
                 assert node.module.split(".")[1] in allowed, (path, node.module)
 
 
+def optional(name: str) -> set[str]:
+    """Give what a file may import besides the runtime's two packages."""
+    return set().union(*(names for place, names in OPTIONAL.items() if name.startswith(place)))
+
+
 def test_the_runtime_stands_on_numpy_and_pillow():
     for path in sources("sdk"):
-        third_party = imports(path) - set(sys.stdlib_module_names) - RUNTIME
         name = path.relative_to(ROOT).as_posix()
-        allowed = {"click"} if name == "sdk/cli.py" else ENGINE_FILES.get(name, set())
-        assert third_party <= allowed, name
+        third_party = imports(path) - set(sys.stdlib_module_names) - RUNTIME
+        assert third_party <= optional(name), name
 
 
-def test_engines_are_imported_only_when_opened():
-    for name, engines in ENGINE_FILES.items():
-        assert not imports(ROOT / name, top_level=True) & engines
+def test_optional_packages_are_imported_only_when_used():
+    for path in sources("sdk"):
+        name = path.relative_to(ROOT).as_posix()
+        assert not imports(path, top_level=True) & (optional(name) - {"click"}), name
 
 
 def test_benchmarks_import_torch_and_train_only_inside_functions():
@@ -76,7 +88,8 @@ def test_benchmarks_import_torch_and_train_only_inside_functions():
 
 
 def test_sdk_imports_with_training_and_engines_blocked():
-    blocked = ["torch", "torchvision", "onnx", "onnxruntime", "openvino", "click", "safetensors", "matplotlib"]
+    blocked = ["torch", "torchvision", "onnx", "onnxruntime", "openvino", "pyvips", "av"]
+    blocked += ["click", "safetensors", "matplotlib"]
     code = f"import sys\nfor name in {blocked!r}: sys.modules[name] = None\nimport sdk; sdk.Upscaler; sdk.Bundle"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 

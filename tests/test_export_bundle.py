@@ -161,13 +161,13 @@ def test_halo_measurement_finds_a_known_receptive_field():
     assert errors == sorted(errors, reverse=True) and errors[0] > 1
 
 
-def test_halo_measurement_asks_for_larger_pictures():
+def test_halo_measurement_refuses_a_network_that_cannot_be_tiled():
     calls = itertools.count(1)
 
     def drifting(batch: np.ndarray) -> np.ndarray:  # never twice the same, so no context is enough
         return batch + np.uint8(next(calls) * 3 % 250)
 
-    with pytest.raises(ExportError, match="larger pictures"):
+    with pytest.raises(ExportError, match="cannot be tiled"):
         verify.measure_halo(drifting, [np.zeros((96, 96, 3), np.uint8)], stride=8, scale=1)
 
 

@@ -183,7 +183,7 @@ def test_outputs_that_cannot_be_written_are_told_before_the_work(
     monkeypatch: pytest.MonkeyPatch, output: str, words: str
 ) -> None:
     save("a.png")
-    monkeypatch.setattr(Upscaler, "upscale", lambda *arguments: pytest.fail("the work was done"))
+    monkeypatch.setattr(Upscaler, "upscale_metered", lambda *_, **__: pytest.fail("the work was done"))
     assert words in run("a.png", "-o", output, code=1).output
 
 
@@ -214,7 +214,7 @@ def test_bad_options_make_no_folder(options: list[str], words: str) -> None:
     assert not Path("out").exists()
 
 
-@pytest.mark.parametrize("options", [["--tile", "0"], ["--quality", "0"], ["--seams", "none"], ["--format", "gif"], []])
+@pytest.mark.parametrize("options", [["--tile", "0"], ["--quality", "0"], ["--seams", "none"], ["--format", "xyz"], []])
 def test_usage_errors(options: list[str]) -> None:
     arguments = ["a.png", "-o", "b.png", *options] if options else []
     result = CliRunner().invoke(main, arguments)
@@ -237,25 +237,50 @@ def test_tiles() -> None:
     np.testing.assert_array_equal(np.asarray(Image.open("b.png")), np.asarray(Image.open("c.png")))
 
 
-@pytest.mark.parametrize("step", ["upscale", "write"])
-def test_an_interrupt_keeps_what_is_finished_and_nothing_half(monkeypatch: pytest.MonkeyPatch, step: str) -> None:
-    for name in "abcdef":
-        save(f"in/{name}.png")
-    calls = []
-    real = Upscaler.upscale if step == "upscale" else files.os.replace
+def test_other_sizes() -> None:
+    save("a.png")
+    for options, size in (
+        (["--factor", "3"], (30, 24)), (["--width", "15"], (15, 12)), (["--height", "40"], (50, 40)),
+        (["--width", "7", "--height", "9"], (7, 9)),
+    ):  # fmt: skip
+        run("a.png", "-o", "b.png", "--overwrite", *options)
+        with Image.open("b.png") as result:
+            assert result.size == size, options
+    assert "--factor" in run("a.png", "-o", "c.png", "--factor", "3", "--width", "9", code=1).output
 
-    def interrupted(*arguments: object) -> object:
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return real(*arguments)
 
-    monkeypatch.setattr(*((Upscaler, "upscale") if step == "upscale" else (files.os, "replace")), interrupted)
-    result = run("in", "-o", "out", code=1)
-    assert "Aborted" in result.output
-    assert names("out")[:2] == ["a.png", "b.png"]
-    for name in names("out"):
-        assert files.read(Path("out", name))[0].shape == (16, 20, 3)
+def test_a_limit_of_pixels_and_its_switch() -> None:
+    save("a.png")
+    assert "too large" in run("a.png", "-o", "b.png", "--max-pixels", "79", code=1).output
+    run("a.png", "-o", "b.png", "--max-pixels", "80")
+    run("a.png", "-o", "c.png", "--max-pixels", "0")
+
+
+def test_animations_stay_animated() -> None:
+    frames = [Image.fromarray(np.full((6, 8, 3), value, np.uint8)) for value in (0, 120, 250)]
+    frames[0].save("a.gif", save_all=True, append_images=frames[1:], duration=[100, 200, 300], loop=0)
+    run("a.gif", "-o", "b.webp", "--lossless", "--compare")
+    with Image.open("b.webp") as result:
+        assert result.n_frames == 3 and result.size == (16, 12)
+    assert "holds no animation" in run("a.gif", "-o", "b.jpg", code=1).output
+
+
+def test_videos_and_pictures_together() -> None:
+    import av
+
+    save("a.png")
+    with av.open("clip.mkv", "w") as container:
+        stream = container.add_stream("mpeg4", rate=10, width=32, height=16, pix_fmt="yuv420p")
+        for value in range(5):
+            plane = np.full((16, 32, 3), 40 * value, np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(plane, "rgb24")))
+        container.mux(stream.encode())
+    run("a.png", "clip.mkv", "-o", "out")
+    with av.open("out/clip.mkv") as container:
+        frames = list(container.decode(video=0))
+    assert len(frames) == 5 and (frames[0].width, frames[0].height) == (64, 32)
+    result = run("clip.mkv", "-o", "b.mkv", "--factor", "3", code=1)
+    assert "videos" in result.output and not Path("b.mkv").exists()
 
 
 def test_a_full_disk_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

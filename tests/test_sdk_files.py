@@ -7,19 +7,21 @@ import io
 import logging
 import os
 import struct
+import sys
 import zlib
 from pathlib import Path
 
 import bundles
 import numpy as np
 import pytest
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, features
 
-from sdk import ImageError, OptionError, OutputError, SRError, Upscaler, files
+from sdk import BackendUnavailable, ImageError, OptionError, OutputError, Upscaler, files, opening
 
 pytest.importorskip("onnxruntime")
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 ARTIST, MAKE, ORIENTATION = 0x013B, 0x010F, 0x0112
+AVIF = pytest.mark.skipif(not opening.has_avif(), reason="this Pillow was built without AVIF")
 GPS, GPS_LATITUDE_REF = 0x8825, 1
 EXPOSURE, TAKEN = 0x8769, 0x9003
 
@@ -46,8 +48,7 @@ def doubled(image: np.ndarray) -> np.ndarray:
 def exif(**tags: int) -> Image.Exif:
     block = Image.Exif()
     block[ARTIST], block[MAKE] = "A. Painter", "Camera"
-    block.get_ifd(GPS)[GPS_LATITUDE_REF] = "N"
-    block.get_ifd(EXPOSURE)[TAKEN] = "2024:01:02 03:04:05"
+    block[GPS], block[EXPOSURE] = {GPS_LATITUDE_REF: "N"}, {TAKEN: "2024:01:02 03:04:05"}
     for name, value in tags.items():
         block[globals()[name]] = value
     return block
@@ -67,15 +68,24 @@ def png(depth: int, colour_type: int, raw: bytes, size: tuple[int, int] = (4, 4)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(raw)) + chunk(b"IEND", b"")
 
 
-@pytest.mark.parametrize("suffix", sorted(files.FORMATS))
+def encode(picture: Image.Image, kind: str, **options: object) -> bytes:
+    stream = io.BytesIO()
+    picture.save(stream, kind, **options)
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize("suffix", [pytest.param(s, marks=AVIF if s == ".avif" else ()) for s in sorted(files.FORMATS)])
 def test_every_format_goes_in_and_out(upscaler: Upscaler, tmp_path: Path, suffix: str) -> None:
     source, target = tmp_path / f"in{suffix}", tmp_path / f"out{suffix.upper()}"
     flat = np.full((8, 12, 3), (40, 90, 160), np.uint8)
-    Image.fromarray(flat).save(source, quality=100) if suffix != ".bmp" else Image.fromarray(flat).save(source)
+    Image.fromarray(flat).save(source, **({} if suffix in (".bmp", ".gif") else {"quality": 100}))
     upscaler.upscale_file(source, target)
     with Image.open(target) as result:
-        assert result.format == files.FORMATS[suffix] and result.size == (24, 16) and result.mode == "RGB"
-        assert abs(np.asarray(result).astype(int) - flat[0, 0]).max() <= 3  # JPEG and WebP lose that much
+        assert result.format == files.FORMATS[suffix] and result.size == (24, 16)
+        assert result.mode == ("P" if suffix == ".gif" else "RGB")
+        assert (
+            abs(np.asarray(result.convert("RGB")).astype(int) - flat[0, 0]).max() <= 3
+        )  # JPEG, WebP and AVIF lose that much
     assert leftovers(tmp_path) == []
 
 
@@ -97,8 +107,8 @@ def test_orientation_is_applied_and_reset(upscaler: Upscaler, tmp_path: Path, or
     assert tags.get_ifd(GPS)[GPS_LATITUDE_REF] == "N"
 
 
-@pytest.mark.parametrize("source_suffix", [".png", ".jpg", ".webp", ".tif"])
-@pytest.mark.parametrize("target_suffix", [".png", ".jpg", ".webp", ".tif"])
+@pytest.mark.parametrize("source_suffix", [".png", ".jpg", ".webp", ".tif", pytest.param(".avif", marks=AVIF)])
+@pytest.mark.parametrize("target_suffix", [".png", ".jpg", ".webp", ".tif", pytest.param(".avif", marks=AVIF)])
 def test_profile_and_exif_are_kept_between_formats(
     upscaler: Upscaler, tmp_path: Path, source_suffix: str, target_suffix: str
 ) -> None:
@@ -114,7 +124,7 @@ def test_profile_and_exif_are_kept_between_formats(
         assert tags.get_ifd(GPS)[GPS_LATITUDE_REF] == "N"
         assert tags.get_ifd(EXPOSURE)[TAKEN] == "2024:01:02 03:04:05"
         # The layout of a TIFF file is not passed on as facts about the picture.
-        assert target_suffix == ".tif" or not files.LAYOUT_TAGS & set(tags)
+        assert target_suffix == ".tif" or not opening.LAYOUT_TAGS & set(tags)
 
 
 def test_exif_tables_of_compressed_tiff_are_kept(tmp_path: Path) -> None:
@@ -161,15 +171,157 @@ def test_16_bit_grey_files_stay_16_bit(upscaler: Upscaler, tmp_path: Path) -> No
         np.testing.assert_array_equal(result, doubled(ramp))
 
 
-@pytest.mark.parametrize("colour_type,channels", [(2, 3), (6, 4)])
-def test_16_bit_colour_is_not_reduced_in_silence(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, colour_type: int, channels: int
+def deep_photo(channels: int) -> np.ndarray:
+    """A 16-bit picture of 4096 levels and more in each channel, most of which 8 bits cannot tell apart."""
+    ramp = np.arange(15, 65536, 16, dtype=np.uint16).reshape(64, 64)  # nowhere 0: nothing is bled under it
+    return np.stack([np.roll(ramp, 7 * n) for n in range(channels)], axis=2)
+
+
+@pytest.mark.parametrize("channels", [2, 3, 4])
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+def test_16_bit_colour_files_stay_16_bit(upscaler: Upscaler, tmp_path: Path, suffix: str, channels: int) -> None:
+    pytest.importorskip("pyvips", reason="16-bit colour is read by libvips")
+    source, target = tmp_path / f"in{suffix}", tmp_path / f"out{suffix}"
+    image = deep_photo(channels)
+    metadata = files.Metadata(SRGB if channels >= 3 else None, exif(ORIENTATION=6).tobytes())
+    files.write(source, image, metadata, quality=95, overwrite=False)
+    upscaler.upscale_file(source, target)
+    result, kept = files.read(target)
+    assert result.dtype == np.uint16 and len(np.unique(result[..., 0])) >= 4096
+    np.testing.assert_array_equal(result, doubled(np.rot90(image, -1)))
+    tags = Image.Exif()
+    tags.load(kept.exif)
+    assert kept.icc_profile == metadata.icc_profile and tags[ARTIST] == "A. Painter" and ORIENTATION not in tags
+    assert tags.get_ifd(GPS)[GPS_LATITUDE_REF] == "N"
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+@pytest.mark.parametrize(
+    "suffix,dtype", [(".png", "uint16"), (".tif", "uint8"), (".tif", "uint16"), (".tif", "float32")]
+)
+def test_an_independent_decoder_reads_what_is_written(tmp_path: Path, suffix: str, dtype: str, channels: int) -> None:
+    """Not Pillow and not our reader; larger than a tile of TIFF, and than a band of PNG rows."""
+    pyvips = pytest.importorskip("pyvips")
+    image = np.random.default_rng(0).integers(0, 65536, (700, 1100, channels)).astype(np.uint16)
+    image = {"uint8": (image >> 8).astype(np.uint8), "uint16": image, "float32": image / np.float32(65535)}[dtype]
+    path = tmp_path / f"a{suffix}"
+    files.write(path, image, files.Metadata(), quality=95, overwrite=False)
+    decoded = pyvips.Image.new_from_file(str(path), fail_on="warning")
+    np.testing.assert_array_equal(decoded.numpy().reshape(image.shape), image)
+    assert decoded.hasalpha() == (channels in (2, 4))
+
+
+def test_16_bit_colour_of_other_programs_is_read_as_it_is(tmp_path: Path) -> None:
+    pyvips = pytest.importorskip("pyvips")
+    for channels, meaning in ((2, "grey16"), (3, "rgb16"), (4, "rgb16")):
+        image = deep_photo(channels)
+        for suffix, options in ((".png", {}), (".tif", {"compression": "lzw"}), (".tif", {"tile": True})):
+            path = tmp_path / f"{channels}{len(options)}{suffix}"
+            pyvips.Image.new_from_array(image).copy(interpretation=meaning).write_to_file(str(path), **options)
+            np.testing.assert_array_equal(files.read(path)[0], image)
+    path = tmp_path / "name[page=1].png"  # libvips takes options out of such names
+    files.write(path, deep_photo(3), files.Metadata(), quality=95, overwrite=False)
+    np.testing.assert_array_equal(files.read(path)[0], deep_photo(3))
+
+
+def test_colour_in_floating_point_is_read(upscaler: Upscaler, tmp_path: Path) -> None:
+    pytest.importorskip("pyvips")
+    image = np.random.default_rng(0).random((9, 7, 3), np.float32)
+    files.write(tmp_path / "in.tif", image, files.Metadata(SRGB), quality=95, overwrite=False)
+    upscaler.upscale_file(tmp_path / "in.tif", tmp_path / "out.tif")
+    result, metadata = files.read(tmp_path / "out.tif")
+    np.testing.assert_allclose(result, doubled(image), rtol=3e-7)
+    assert metadata.icc_profile == SRGB
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif", ".float.tif", ".grey.tif"])
+def test_without_libvips_deep_colour_is_refused_and_not_reduced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
 ) -> None:
-    path = tmp_path / "deep.png"
-    path.write_bytes(png(16, colour_type, (b"\0" + b"\x12\x34" * 4 * channels) * 4))
-    with caplog.at_level(logging.WARNING):
-        image, _ = files.read(path)
-    assert image.dtype == np.uint8 and "16-bit" in caplog.text
+    image = deep_photo(2 if "grey" in suffix else 3)
+    image = image / np.float32(65535) if "float" in suffix else image
+    path = tmp_path / f"deep{suffix}"
+    files.write(path, image, files.Metadata(), quality=95, overwrite=False)
+    monkeypatch.setitem(sys.modules, "pyvips", None)
+    with pytest.raises(BackendUnavailable, match=r"deep.*sr-sdk\[large\]"):
+        files.read(path)
+
+
+def test_deep_grey_spans_the_whole_range(tmp_path: Path) -> None:
+    """White that is zero, and 12 bits: Pillow gives the numbers as they stand in the file."""
+    from PIL.TiffImagePlugin import ImageFileDirectory_v2
+
+    values = np.array([[0, 100], [2048, 4095]], np.uint16)
+    packed = b"".join((int(a) << 12 | int(b)).to_bytes(3, "big") for a, b in values)
+    for bits, photometric, data, expected in (
+        (12, 1, packed, values << 4 | values >> 8),
+        (16, 0, values.tobytes(), 65535 - values),
+        (16, 1, values.tobytes(), values),
+    ):
+        directory = ImageFileDirectory_v2(prefix=b"II")
+        for tag, value in {256: 2, 257: 2, 258: bits, 259: 1, 262: photometric, 277: 1, 278: 2, 279: len(data)}.items():
+            directory[tag] = value
+        directory[273] = 0
+        stream = io.BytesIO()
+        directory.save(stream)
+        path = tmp_path / "grey.tif"
+        path.write_bytes(stream.getvalue() + data)
+        np.testing.assert_array_equal(files.read(path)[0], expected)
+
+
+@AVIF
+@pytest.mark.parametrize("bits", [10, 12])
+def test_deep_avif_is_read_in_its_depth(tmp_path: Path, bits: int) -> None:
+    pyvips = pytest.importorskip("pyvips")
+    values = np.full((8, 8, 3), 2**bits - 1, np.uint16)
+    values[:4] = 321
+    picture = pyvips.Image.new_from_array(values << 16 - bits).copy(interpretation="rgb16")
+    path = tmp_path / "a.avif"
+    path.write_bytes(picture.heifsave_buffer(compression="av1", bitdepth=bits, lossless=True))
+    image, _ = files.read(path)
+    assert image.dtype == np.uint16
+    np.testing.assert_array_equal(image, values << 16 - bits | values >> 2 * bits - 16)
+
+
+def test_other_deep_colour_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.ppm"
+    path.write_bytes(b"P6 2 2 65535\n" + bytes(24))
+    with pytest.raises(ImageError, match="PPM of more than 8 bits"):
+        files.read(path)
+    path.write_bytes(b"P5 2 1 65535\n\x12\x34\xff\xff")
+    assert files.read(path)[0].tolist() == [[0x1234, 0xFFFF]]
+    if features.check("jpg_2000"):
+        data = encode(Image.fromarray(photo()), "JPEG2000")
+        size = data.index(b"\xff\x4f\xff\x51") + 42
+        path.write_bytes(data[:size] + b"\x0f" + data[size + 1 :])
+        with pytest.raises(ImageError, match="JPEG2000 of more than 8 bits"):
+            files.read(path)
+
+
+def test_cmyk_goes_through_its_profile(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    pyvips = pytest.importorskip("pyvips", reason="its CMYK profile is taken")
+    profile = pyvips.Operation.call("profile_load", "cmyk")
+    image = Image.new("CMYK", (8, 8), (200, 60, 20, 10))
+    path = tmp_path / "a.tif"
+    image.save(path, icc_profile=profile)
+    with caplog.at_level(logging.INFO):
+        result, metadata = files.read(path)
+    assert "CMYK, converted to sRGB through its ICC profile" in caplog.text and str(path) in caplog.text
+    assert metadata.icc_profile is None
+    expected = ImageCms.profileToProfile(
+        image, ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB"), outputMode="RGB",
+        renderingIntent=ImageCms.Intent.RELATIVE_COLORIMETRIC, flags=0x2000,
+    )  # fmt: skip
+    np.testing.assert_array_equal(result, np.asarray(expected))
+    naive = np.asarray(image.convert("RGB")).astype(int)
+    assert abs(result.astype(int) - naive).max() > 20  # the profile makes a difference
+
+
+def test_cmyk_without_a_profile_is_converted_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "a.jpg"
+    Image.new("CMYK", (8, 8), (255, 0, 0, 0)).save(path, quality=100)
+    image, _ = files.read(path)
+    assert abs(image.astype(int) - (0, 255, 255)).max() <= 2 and "without a profile" in caplog.text
 
 
 def test_only_the_first_frame_is_read_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -214,8 +366,40 @@ def test_truncated_pictures_are_refused(tmp_path: Path) -> None:
 def test_a_decompression_bomb_is_refused_by_its_header(tmp_path: Path) -> None:
     path = tmp_path / "bomb.png"
     path.write_bytes(png(8, 2, b"\0", size=(60_000, 60_000)))
-    with pytest.raises(ImageError, match="too large"):
+    with pytest.raises(ImageError, match=r"too large \(60000 x 60000 px, the limit is 178956970 pixels"):
         files.read(path)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".tif", ".bmp", ".gif", pytest.param(".avif", marks=AVIF)])
+def test_the_limit_of_pixels_is_an_argument(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str) -> None:
+    path = tmp_path / f"a{suffix}"
+    Image.fromarray(photo(20, 30)).save(path)
+    if suffix not in (".webp", ".tif"):  # whose plug-ins ask Pillow's limit themselves
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)  # of all threads: neither asked nor changed
+    for limit in (600, 0, None):
+        assert files.read(path, max_pixels=limit)[0].shape == (20, 30, 3)
+    with pytest.raises(ImageError, match=r"30 x 20 px, the limit is 599.*max_pixels"):
+        files.read(path, max_pixels=599)
+    for limit in (-1, 1.5, "many"):
+        with pytest.raises(OptionError, match="max_pixels"):
+            files.read(path, max_pixels=limit)
+
+
+def test_the_limit_holds_for_libvips_too(tmp_path: Path) -> None:
+    pytest.importorskip("pyvips")
+    files.write(tmp_path / "a.tif", deep_photo(2), files.Metadata(), quality=95, overwrite=False)  # unknown to Pillow
+    with pytest.raises(ImageError, match="the limit is 100 pixels"):
+        files.read(tmp_path / "a.tif", max_pixels=100)
+
+
+def test_avif_without_support_names_the_cure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(opening, "has_avif", lambda: False)
+    monkeypatch.setitem(Image.OPEN, "AVIF", (None, lambda prefix: "built without it"))
+    (tmp_path / "a.avif").write_bytes(bytes(4) + b"ftypavif" + bytes(20))
+    with pytest.raises(ImageError, match=r"pillow>=11\.3"):
+        files.read(tmp_path / "a.avif")
+    with pytest.raises(OutputError, match=r"pillow>=11\.3"):
+        files.write(tmp_path / "b.avif", photo(), files.Metadata(), quality=95, overwrite=False)
 
 
 def test_formats_that_start_programs_are_not_read(tmp_path: Path) -> None:
@@ -223,49 +407,6 @@ def test_formats_that_start_programs_are_not_read(tmp_path: Path) -> None:
     path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n")
     with pytest.raises(ImageError, match="known format"):
         files.read(path)
-
-
-@pytest.mark.filterwarnings("ignore")  # Pillow's own, about damaged EXIF and the like
-@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "TIFF", "BMP"])
-def test_mutated_files_end_in_a_picture_or_an_error_of_ours(tmp_path: Path, kind: str) -> None:
-    rng = np.random.default_rng(sum(kind.encode()))
-    sources = []
-    for picture in (Image.fromarray(photo(12, 10)), Image.fromarray(photo(9, 9, 1)[:, :, 0])):
-        stream = io.BytesIO()
-        extra = {} if kind == "BMP" else {"exif": exif(ORIENTATION=6), "icc_profile": SRGB[:200]}
-        picture.save(stream, kind, **extra)
-        sources.append(stream.getvalue())
-    path = tmp_path / "mutant"
-    read = 0
-    for index in range(400):
-        data = bytearray(sources[index % 2])
-        for _ in range(int(rng.integers(1, 8))):
-            at = int(rng.integers(len(data)))
-            # Headers and tables hold the traps: half of the damage goes there.
-            at = at % 120 if rng.random() < 0.5 else at
-            action = rng.integers(3)
-            if action == 0:
-                data[at] = int(rng.integers(256))
-            elif action == 1:
-                data[at : at + 4] = rng.choice([b"\xff\xff\xff\xff", b"\0\0\0\0", b"\x7f\xff\xff\xff", b"\0\0\0\x01"])
-            else:
-                del data[at : at + int(rng.integers(1, 20))]
-            if len(data) < 2:
-                break
-        path.write_bytes(data)
-        try:
-            image, metadata = files.read(path)
-        except SRError as exc:
-            assert "\n" not in str(exc)
-            continue
-        read += 1
-        assert image.dtype in (np.uint8, np.uint16, np.float32)
-        try:
-            files.write(tmp_path / "out.png", image[:64, :64], metadata, quality=95, overwrite=True)
-        except SRError:
-            continue
-    assert read > 0
-    assert leftovers(tmp_path) == []
 
 
 def test_existing_files_are_not_overwritten_unasked(upscaler: Upscaler, tmp_path: Path) -> None:
@@ -328,7 +469,8 @@ def test_quality_is_checked(upscaler: Upscaler, tmp_path: Path, quality: object)
         ("a.jpg", photo(4, 4, 4)),
         ("a.bmp", photo(4, 4, 2)),
         ("a.jpg", np.zeros((4, 4), np.uint16)),
-        ("a.png", np.zeros((4, 4, 3), np.uint16)),
+        ("a.webp", np.zeros((4, 4, 3), np.uint16)),
+        ("a.gif", np.zeros((4, 4), np.float32)),
         ("a.png", np.zeros((4, 4), np.float32)),
         ("a.webp", np.zeros((1, 16384), np.uint8)),
         ("a.jpg", np.zeros((65501, 1), np.uint8)),
@@ -385,7 +527,7 @@ class Disk:
         return getattr(self._stream, name)
 
 
-@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".tif", ".bmp"])
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".tif", ".bmp", ".gif", pytest.param(".avif", marks=AVIF)])
 @pytest.mark.parametrize("room", [0, 60])
 def test_a_full_disk_leaves_nothing(
     upscaler: Upscaler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str, room: int
@@ -401,16 +543,133 @@ def test_a_full_disk_leaves_nothing(
     assert target.read_bytes() == b"precious"
 
 
-@pytest.mark.parametrize("failure", [KeyboardInterrupt, OSError(errno.EACCES, "Permission denied"), MemoryError])
-def test_an_interrupted_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure) -> None:
+@pytest.mark.parametrize("failure", [KeyboardInterrupt, OSError(errno.ENOSPC, "No space left"), MemoryError])
+@pytest.mark.parametrize("step", ["fsync", "link", "replace"])
+def test_an_interrupted_write_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: BaseException, step: str
+) -> None:
     def fail(*arguments: object) -> None:
         raise failure
 
-    monkeypatch.setattr(files.os, "replace", fail)
+    target = tmp_path / "a.png"
+    if step == "replace":
+        target.write_bytes(b"precious")
+    before = list(tmp_path.iterdir())
+    monkeypatch.setattr(files.os, step, fail)
     expected = KeyboardInterrupt if failure is KeyboardInterrupt else OutputError
     with pytest.raises(expected):
-        files.write(tmp_path / "a.png", photo(), files.Metadata(), quality=95, overwrite=False)
+        files.write(target, photo(), files.Metadata(), quality=95, overwrite=step == "replace")
+    assert list(tmp_path.iterdir()) == before
+    assert not before or target.read_bytes() == b"precious"
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_file_that_appears_meanwhile_is_not_overwritten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool
+) -> None:
+    target = tmp_path / "a.png"
+    synced = os.fsync
+
+    def race(descriptor: int) -> None:
+        synced(descriptor)
+        target.write_bytes(b"precious")
+
+    monkeypatch.setattr(files.os, "fsync", race)
+    if not links:
+        monkeypatch.setattr(files.os, "link", no_links)
+    with pytest.raises(OutputError, match="exists already"):
+        files.write(target, photo(), files.Metadata(), quality=95, overwrite=False)
+    assert target.read_bytes() == b"precious" and list(tmp_path.iterdir()) == [target]
+
+
+def no_links(*arguments: object) -> None:
+    raise OSError(errno.EPERM, "Operation not permitted")
+
+
+def test_unfinished_files_can_be_removed_from_outside(tmp_path: Path) -> None:
+    """By a program that is told to end while another thread writes."""
+    with pytest.raises(OutputError), files.new_file(tmp_path / "a.png", overwrite=False) as stream:
+        stream.write(b"half")
+        assert len(leftovers(tmp_path)) == 1
+        files.remove_unfinished()
+        assert list(tmp_path.iterdir()) == []
     assert list(tmp_path.iterdir()) == []
+    files.remove_unfinished()
+
+
+def test_file_systems_without_links_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files.os, "link", no_links)
+    target = tmp_path / "a.png"
+    files.write(target, photo(), files.Metadata(), quality=95, overwrite=False)
+    np.testing.assert_array_equal(files.read(target)[0], photo())
+    assert list(tmp_path.iterdir()) == [target]
+
+    def full(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left")
+
+    monkeypatch.setattr(files.os, "replace", full)
+    with pytest.raises(OutputError, match="No space left"):
+        files.write(tmp_path / "b.png", photo(), files.Metadata(), quality=95, overwrite=False)
+    assert list(tmp_path.iterdir()) == [target]
+
+
+@pytest.mark.parametrize("subsampling,factors", [("4:4:4", 0), ("4:2:2", 1), ("4:2:0", 2)])
+def test_subsampling_of_jpeg(tmp_path: Path, subsampling: str, factors: int) -> None:
+    from PIL.JpegImagePlugin import get_sampling
+
+    path = tmp_path / "a.jpg"
+    files.write(path, photo(), files.Metadata(), quality=95, overwrite=True, subsampling=subsampling)
+    with Image.open(path) as result:
+        assert get_sampling(result) == factors
+    with pytest.raises(OptionError, match="4:4:4, 4:2:2, 4:2:0"):
+        files.write(path, photo(), files.Metadata(), quality=95, overwrite=True, subsampling="4:1:1")
+
+
+@AVIF
+def test_subsampling_of_avif(tmp_path: Path) -> None:
+    red = np.zeros((16, 16, 3), np.uint8)
+    red[:, ::2] = 255, 0, 0
+    errors = []
+    for subsampling in ("4:4:4", "4:2:0"):
+        path = tmp_path / "a.avif"
+        files.write(path, red, files.Metadata(), quality=95, overwrite=True, subsampling=subsampling)
+        errors.append(abs(files.read(path)[0].astype(int) - red).max())
+    assert errors[0] < 20 < errors[1]
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+def test_webp_without_loss(tmp_path: Path, channels: int) -> None:
+    image = photo(20, 20, channels)
+    files.write(tmp_path / "a.webp", image, files.Metadata(), quality=50, overwrite=False, lossless=True)
+    result, _ = files.read(tmp_path / "a.webp")
+    np.testing.assert_array_equal(
+        result, image[:, :, [0, 0, 0, 1]] if channels == 2 else np.broadcast_to(image, result.shape)
+    )
+
+
+def test_gif_keeps_up_to_256_colours_exactly(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for channels, count in ((3, 256), (4, 255), (1, 256), (2, 255)):
+        colours = rng.permutation(256 if channels < 3 else 1 << 24)[:count]
+        image = colours[np.arange(400).reshape(20, 20) % count]
+        image = np.stack([image >> 8 * n & 255 for n in range(3 if channels >= 3 else 1)], axis=2).astype(np.uint8)
+        if channels in (2, 4):
+            image = np.concatenate((image, np.where(np.arange(400).reshape(20, 20, 1) < 30, 0, 255)), axis=2)
+        image = image.astype(np.uint8)
+        files.write(tmp_path / "a.gif", image, files.Metadata(), quality=95, overwrite=True)
+        result, _ = files.read(tmp_path / "a.gif")
+        if channels in (2, 4):
+            np.testing.assert_array_equal(result[..., 3], image[..., -1])
+            result, image = result[..., :3] * (result[..., 3:] > 0), image[..., :-1] * (image[..., -1:] > 0)
+        result = result if result.ndim == 3 else result[:, :, None]  # a palette of greys is read as grey
+        np.testing.assert_array_equal(result[..., :3] - image, 0)
+
+
+def test_gif_of_a_photograph(tmp_path: Path, make_photo) -> None:
+    image = make_photo(120, 160)
+    files.write(tmp_path / "a.gif", image, files.Metadata(), quality=95, overwrite=True)
+    result, _ = files.read(tmp_path / "a.gif")
+    assert ((result.astype(float) - image) ** 2).mean() < 80  # 256 colours, dithered: 29 dB and better
 
 
 def test_exif_that_cannot_be_written_again_is_left_out(

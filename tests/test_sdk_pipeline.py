@@ -58,15 +58,14 @@ def test_few_items_are_taken_ahead_and_few_results_wait() -> None:
     results = overlap(source(), decode=same, compute=same, encode=lambda item, result: encoded.append(item))
     for count in range(1, 30):
         next(results)
-        # Decoded ahead, one at work, waiting to be encoded, and the one given.
-        assert len(taken) <= count + 2 * AHEAD + 1
+        assert len(taken) <= count + AHEAD + 1
         assert len(encoded) <= count + AHEAD + 1
     results.close()
 
 
 def test_a_finished_result_does_not_wait_for_the_next_item() -> None:
     """A source that waits for the results of earlier items, as an interactive one does, must not hang for good."""
-    given = threading.Semaphore(2 * AHEAD + 1)
+    given = threading.Semaphore(AHEAD + 1)
 
     def source() -> Iterator[int]:
         for n in range(12):

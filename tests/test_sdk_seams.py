@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sdk import Bundle, Upscaler, bundle
+from sdk import Bundle, Upscaler, bundle, tiling
 from sdk.upscaler import SEAMS
 
 ENGINES = ["onnxruntime", "openvino"]
@@ -30,7 +30,7 @@ def difference(model: str | Path, engine: str, image: np.ndarray, tile: int, *, 
     pytest.importorskip(engine)
     with Upscaler(model, backend=engine, precision="fp32") as upscaler:
         if halo is not None:
-            upscaler._halo = halo
+            upscaler._overlap = replace(upscaler._overlap, halo=halo)
         whole = upscaler.upscale(image, tile=UNTILED).astype(int)
         tiles = upscaler.stats.tiles
         tiled = upscaler.upscale(image, tile=tile)
@@ -68,7 +68,8 @@ def test_tiles_off_the_grid_show() -> None:
     with Upscaler(bundles.shared("unet"), backend="onnxruntime") as upscaler:
         image = noise(160, 160)
         whole = upscaler.upscale(image).astype(int)
-        upscaler._stage, upscaler._halo = replace(upscaler._stage, stride=4), 42
+        upscaler._stage = replace(upscaler._stage, stride=4)
+        upscaler._overlap = tiling.Overlap(44, 4)
         assert abs(upscaler.upscale(image, tile=20) - whole).max() > 1
 
 

@@ -2,76 +2,82 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 
 from sdk import tiling
 
 
-def random_cases(count: int, seed: int):
-    """Give (size, window, halo, stride) tuples that `plan` accepts."""
+def random_cases(count: int, seed: int, *, blend: bool = False):
+    """Give (size, window, overlap) tuples that `plan` accepts."""
     rng = np.random.default_rng(seed)
     for _ in range(count):
         stride = int(rng.choice([1, 2, 3, 8, 16]))
-        halo = stride * int(rng.integers(0, 5))
-        window = tuple(2 * halo + stride * int(n) for n in rng.integers(1, 6, 2))
-        size = tuple(int(n) for n in rng.integers(1, 14 * stride + 6 * halo + 2, 2))
-        yield size, window, halo, stride
+        overlap = tiling.Overlap(
+            stride * int(rng.integers(0, 5)), stride, fade=tiling.fade_width(stride) if blend else 0
+        )
+        window = tuple(overlap.width + stride * int(n) for n in rng.integers(1, 6, 2))
+        size = tuple(int(n) for n in rng.integers(1, 14 * stride + 3 * overlap.width + 2, 2))
+        yield size, window, overlap
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_plan_covers_every_pixel_exactly_once(seed: int) -> None:
-    for size, window, halo, stride in random_cases(100, seed):
-        plan = tiling.plan(size, window=window, halo=halo, stride=stride)
+    for size, window, overlap in random_cases(100, seed):
+        plan = tiling.plan(size, window=window, overlap=overlap)
         covered = np.zeros(plan.padded, int)
-        for rows, columns in plan.windows:
-            covered[rows.keep_start : rows.keep_stop, columns.keep_start : columns.keep_stop] += 1
-        assert (covered == 1).all(), (size, window, halo, stride)
+        for rows in plan.rows:
+            for columns in plan.columns:
+                covered[rows.keep_start : rows.keep_stop, columns.keep_start : columns.keep_stop] += 1
+        assert (covered == 1).all(), (size, window, overlap)
 
 
 @pytest.mark.parametrize("blend", [False, True])
 def test_windows_are_equal_on_the_grid_inside_and_keep_their_context(blend: bool) -> None:
-    for size, window, halo, stride in random_cases(300, 11):
-        plan = tiling.plan(size, window=window, halo=halo, stride=stride, blend=blend)
-        assert all(0 <= padded - side < stride for side, padded in zip(size, plan.padded))
+    for size, window, overlap in random_cases(300, 11, blend=blend):
+        plan = tiling.plan(size, window=window, overlap=overlap)
+        assert all(0 <= padded - side < overlap.stride for side, padded in zip(size, plan.padded))
         assert all(side <= limit for side, limit in zip(plan.window, window))
-        context = halo - halo // 2 if blend else halo
-        for window_spans in plan.windows:
-            for span, side, length in zip(window_spans, plan.window, plan.padded):
+        for axis, side, length in zip((plan.rows, plan.columns), plan.window, plan.padded):
+            for before, span in zip((None, *axis), axis):
                 assert span.stop - span.start == side
-                assert span.start % stride == span.stop % stride == 0
+                assert span.start % overlap.stride == span.stop % overlap.stride == 0
                 assert 0 <= span.start <= span.keep_start < span.keep_stop <= span.stop <= length
-                assert span.start == 0 or span.keep_start - span.start >= context
-                assert span.stop == length or span.stop - span.keep_stop >= context
+                assert span.start == 0 or span.keep_start - span.start >= overlap.halo
+                assert span.stop == length or span.stop - span.keep_stop >= overlap.halo
+                assert span.fade == (overlap.fade if before else 0)
+                assert before is None or before.keep_stop == span.keep_start + span.fade
 
 
 def test_one_piece_where_it_fits() -> None:
-    plan = tiling.plan((17, 30), window=(24, 32), halo=8, stride=8)
-    assert plan.one_piece and plan.window == plan.padded == (24, 32)
-    assert not tiling.plan((17, 33), window=(24, 32), halo=8, stride=8).one_piece
+    overlap = tiling.Overlap(8, 8)
+    plan = tiling.plan((17, 30), window=(24, 32), overlap=overlap)
+    assert plan.count == 1 and plan.window == plan.padded == (24, 32)
+    assert tiling.plan((17, 33), window=(24, 32), overlap=overlap).count == 2
 
 
 def test_choose_window_keeps_its_limit() -> None:
-    for size, _, halo, stride in random_cases(300, 5):
+    for size, _, overlap in random_cases(300, 5):
         for limit in (1, 500, 4000, 60_000):
-            height, width = tiling.choose_window(size, limit=limit, halo=halo, stride=stride)
-            smallest = 2 * halo + stride
-            assert height % stride == width % stride == 0
-            assert height * width <= max(limit, smallest**2)
-            plan = tiling.plan(size, window=(height, width), halo=halo, stride=stride)
-            assert plan.window == (height, width)
+            height, width = tiling.choose_window(size, limit=limit, overlap=overlap)
+            assert height % overlap.stride == width % overlap.stride == 0
+            assert height * width <= max(limit, overlap.smallest_window**2)
+            assert tiling.plan(size, window=(height, width), overlap=overlap).window == (height, width)
 
 
 def test_choose_window_is_no_worse_than_any_square() -> None:
-    def cost(size: tuple[int, int], window: tuple[int, int], halo: int, stride: int) -> int:
-        plan = tiling.plan(size, window=window, halo=halo, stride=stride)
-        return len(plan.windows) * plan.window[0] * plan.window[1]
+    def cost(size: tuple[int, int], window: tuple[int, int], overlap: tiling.Overlap) -> int:
+        plan = tiling.plan(size, window=window, overlap=overlap)
+        return plan.count * plan.window[0] * plan.window[1]
 
-    for size, _, halo, stride in random_cases(150, 6):
+    for size, _, overlap in random_cases(150, 6):
         limit = 3000
-        chosen = cost(size, tiling.choose_window(size, limit=limit, halo=halo, stride=stride), halo, stride)
-        sides = range(2 * halo + stride, max(int(limit**0.5), 2 * halo + stride) + 1, stride)
-        assert chosen <= min(cost(size, (side, side), halo, stride) for side in sides)
+        chosen = cost(size, tiling.choose_window(size, limit=limit, overlap=overlap), overlap)
+        largest = max(int(limit**0.5), overlap.smallest_window)
+        sides = range(overlap.smallest_window, largest + 1, overlap.stride)
+        assert chosen <= min(cost(size, (side, side), overlap) for side in sides)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 9), (2, 3), (7, 8), (8, 8), (31, 5)])
@@ -86,41 +92,52 @@ def test_pad_to_mirrors_down_to_one_pixel(size: tuple[int, int]) -> None:
     assert set(map(tuple, padded.reshape(-1, 3))) == set(map(tuple, image.reshape(-1, 3)))
 
 
+def run_plan(images: np.ndarray, plan: tiling.Plan, *, scale: int, tile=lambda number, batch: batch) -> np.ndarray:
+    """Cut (N, H, W, C) pictures, enlarge every window by repetition, and put all together."""
+    padded = tiling.pad_to(images, plan.padded)
+    number = itertools.count()
+
+    def strips():
+        for rows in plan.rows:
+            windows = [(index, columns) for index in range(len(images)) for columns in plan.columns]
+            batch = tiling.gather(padded[:, rows.start : rows.stop], windows)
+            assert batch.shape == (len(windows), *plan.window, images.shape[3]) and batch.flags.c_contiguous
+            batch = tile(next(number), batch).repeat(scale, axis=1).repeat(scale, axis=2)
+            height = min(rows.keep_stop, plan.size[0]) - rows.keep_start
+            # A fresh strip may hold anything.
+            rubbish = np.nan if images.dtype == np.float32 else 77
+            shape = (len(images), height * scale, plan.size[1] * scale, images.shape[3])
+            strip = np.full(shape, rubbish, images.dtype)
+            tiling.place(strip, batch, windows, rows=rows, scale=scale)
+            yield rows, strip
+
+    return np.concatenate([part.copy() for part in tiling.finished_rows(strips(), scale=scale)], axis=1)
+
+
 @pytest.mark.parametrize("blend", [False, True])
-@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
-def test_gather_then_place_gives_the_picture_back(dtype: type, blend: bool) -> None:
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
+def test_gather_then_place_gives_the_pictures_back(dtype: type, blend: bool) -> None:
     rng = np.random.default_rng(1)
-    for size, window, halo, stride in random_cases(60, 9):
-        image = rng.integers(0, 256, (*size, 3)).astype(dtype)
-        plan = tiling.plan(size, window=window, halo=halo, stride=stride, blend=blend)
-        batch = tiling.gather(tiling.pad_to(image, plan.padded), plan.windows)
-        assert batch.shape == (len(plan.windows), *plan.window, 3) and batch.flags.c_contiguous
-        # A fresh canvas may hold anything.
-        canvas = np.full((size[0] * 2, size[1] * 2, 3), 77 if dtype == np.uint8 else np.nan, dtype)
-        tiling.place(canvas, batch.repeat(2, axis=1).repeat(2, axis=2), plan.windows, scale=2)
-        expected = image.repeat(2, axis=0).repeat(2, axis=1)
-        if dtype == np.uint8:
-            np.testing.assert_array_equal(canvas, expected)
-        else:
-            np.testing.assert_allclose(canvas, expected, rtol=1e-5)
+    for size, window, overlap in random_cases(60, 9, blend=blend):
+        images = rng.integers(0, 256, (2, *size, 3)).astype(dtype)
+        result = run_plan(images, tiling.plan(size, window=window, overlap=overlap), scale=2)
+        assert result.dtype == dtype
+        np.testing.assert_allclose(result, images.repeat(2, axis=1).repeat(2, axis=2), rtol=1e-6)
 
 
-@pytest.mark.parametrize("rubbish", [np.nan, np.inf, -np.inf, 3e38])
-def test_blending_ignores_what_the_canvas_held(rubbish: float) -> None:
-    plan = tiling.plan((40, 40), window=(24, 24), halo=8, stride=8, blend=True)
-    ones = np.ones((len(plan.windows), 24, 24, 3), np.float32)
-    canvas = np.full((40, 40, 3), rubbish, np.float32)
-    tiling.place(canvas, ones, plan.windows, scale=1)
-    np.testing.assert_allclose(canvas, 1, rtol=1e-6)
+def test_blending_is_smooth_along_both_axes_and_in_corners() -> None:
+    """Windows that disagree by 90: between neighbouring pixels no step is larger than a cross-fade makes it."""
+    overlap = tiling.Overlap(8, 8, fade=8)
+    plan = tiling.plan((56, 56), window=(40, 40), overlap=overlap)
+    values = np.array([[20, 110], [110, 200]], np.uint8)
+    assert (len(plan.rows), len(plan.columns)) == (2, 2)
 
+    def tile(number: int, batch: np.ndarray) -> np.ndarray:
+        return np.broadcast_to(values[number][:, None, None, None], batch.shape)
 
-def test_blending_stays_between_what_the_tiles_say() -> None:
-    plan = tiling.plan((64, 64), window=(32, 32), halo=8, stride=8, blend=True)
-    values = np.linspace(10, 200, len(plan.windows)).astype(np.uint8)
-    tiles = np.broadcast_to(values[:, None, None, None], (len(values), 32, 32, 3))
-    canvas = np.zeros((64, 64, 3), np.uint8)
-    tiling.place(canvas, tiles, plan.windows, scale=1)
-    assert canvas.min() == 10 and canvas.max() == 200
-    # Along the first row, from the first tile to the second, it rises without a jump.
-    step = np.diff(canvas[0, :32, 0].astype(int))
-    assert (step >= 0).all() and step.max() <= -(-(int(values[1]) - int(values[0])) // 8) + 1
+    result = run_plan(np.zeros((1, 56, 56, 3), np.uint8), plan, scale=1, tile=tile)[0, :, :, 0].astype(int)
+    assert result.min() == 20 and result.max() == 200
+    for axis in (0, 1):
+        steps = np.diff(result, axis=axis)
+        assert (steps >= 0).all() and steps.max() <= 90 // 8 + 2
+    assert abs(result - result.T).max() <= 1  # the corner knows which axis came first by its rounding only

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -71,7 +74,7 @@ def doubled(image: np.ndarray) -> np.ndarray:
     [
         {"seams": "none"}, {"seams": None}, {"batch": 0}, {"batch": -1}, {"batch": "two"}, {"batch": 1.5},
         {"batch": None},
-        {"batch": True}, {"stage": "1024"}, {"stage": 64}, {"stage": None},
+        {"batch": True}, {"memory_mib": 0}, {"memory_mib": "much"}, {"stage": "1024"}, {"stage": 64}, {"stage": None},
     ],
     ids=str,
 )  # fmt: skip
@@ -159,7 +162,7 @@ def test_a_batch_shares_the_memory_of_one_window() -> None:
 def test_the_plan_is_fixed_when_the_upscaler_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
     with open_upscaler("unet") as opened:
         before = opened.info["one_piece_pixels"]
-        monkeypatch.setattr(memory, "budget_bytes", lambda: 0)
+        monkeypatch.setattr(memory, "window_pixels", lambda *_, **__: 0)
         opened.upscale(photo(200, 200))
         assert opened.stats.tiles == 1 and opened.info["one_piece_pixels"] == before
     with open_upscaler("unet") as small:  # at least a window with its halo
@@ -220,7 +223,7 @@ def test_out_of_memory_halves_the_batch_then_the_window_and_remembers(
 
     fake = FakeBackend(failures)
     opened = with_backend(fake, batch=4)
-    image = photo(300, 310)
+    image = photo(300, 510)
     np.testing.assert_array_equal(opened.upscale(image, tile=100), doubled(image))
     tried = [shape[:3] for shape in fake.shapes]
     assert tried[:3] == [(4, 184, 184), (2, 184, 184), (1, 184, 184)]
@@ -255,7 +258,7 @@ def test_out_of_memory_for_good_ends_in_its_error(with_backend, size: tuple[int,
     opened = with_backend(fake, batch=8)
     with pytest.raises(OutOfMemory, match="no room at all"):
         opened.upscale(photo(*size))
-    assert 4 <= len(fake.shapes) < 40
+    assert 1 <= len(fake.shapes) < 40
     assert opened.stats.pictures == 0
 
 
@@ -263,10 +266,10 @@ def test_a_canvas_beyond_memory_is_an_error_of_ours(with_backend, monkeypatch: p
     def no_memory(*arguments: object, **options: object) -> None:
         raise MemoryError
 
-    opened, image = with_backend(FakeBackend()), photo()
+    opened, image = with_backend(FakeBackend()), photo(200, 200)
     monkeypatch.setattr(upscaler.np, "empty", no_memory)
     with pytest.raises(OutOfMemory, match="does not fit"):
-        opened.upscale(image)
+        opened.upscale(image, tile=8)
 
 
 @pytest.mark.parametrize(
@@ -410,6 +413,157 @@ def test_a_failing_engine_leaves_no_file(tmp_path: Path, with_backend) -> None:
     with pytest.raises(SRError):
         with_backend(FakeBackend(failures)).upscale_file(tmp_path / "in.png", tmp_path / "out.png")
     assert [path.name for path in tmp_path.iterdir()] == ["in.png"]
+
+
+@pytest.mark.parametrize("count", [1, 3, 7])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_a_batch_of_frames_is_what_each_gives_alone(count: int, dtype: type) -> None:
+    frames = [photo(40, 44, seed=n).astype(dtype) * (1 if dtype == np.uint8 else 257) for n in range(count)]
+    with open_upscaler("unet", batch=4) as opened:
+        together = opened.upscale_batch(frames)
+        assert opened.stats.pictures == count and opened.stats.tiles == count
+        assert opened.stats.pixels == count * 40 * 44
+        for frame, result in zip(frames, together, strict=True):
+            assert result.dtype == dtype
+            np.testing.assert_allclose(result.astype(int), opened.upscale(frame), atol=1 if dtype == np.uint8 else 257)
+        assert opened.upscale_batch([]) == []
+        with pytest.raises(ImageError, match="differ"):
+            opened.upscale_batch([photo(8, 8), photo(8, 9)])
+
+
+@pytest.mark.parametrize("channels", [None, 1, 2, 3, 4])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
+@pytest.mark.parametrize("seams", ["exact", "fast"])
+def test_bands_give_the_same_picture(channels: int | None, dtype: type, seams: str) -> None:
+    rng = np.random.default_rng(5)
+    image = rng.random((301, 150, channels or 1), np.float32)
+    if channels in (2, 4):
+        image[:, :, -1] = 0.2 + 0.8 * image[:, :, -1]  # nothing invisible
+    if dtype != np.float32:
+        image = (image * np.iinfo(dtype).max).astype(dtype)
+    image = image[:, :, 0] if channels is None else image
+    with open_upscaler("unet", seams=seams) as opened:
+        whole = opened.upscale(image, tile=40)
+        cuts = [0, 1, 1, 90, 130, 300, 301]  # also an empty band
+        rows = [image[top:bottom] for top, bottom in itertools.pairwise(cuts)]
+        result = np.concatenate(list(opened.upscale_bands((band for band in rows if len(band)), (301, 150), tile=40)))
+        assert opened.stats.pictures == 2
+    assert result.dtype == dtype
+    np.testing.assert_array_equal(result, whole)
+
+
+@pytest.mark.parametrize(
+    "heights,size,message",
+    [([10, 10], (30, 12), "ends after 20 of 30"), ([20, 20], (30, 12), "more than the 30"), ([30], (30, 13), "12 pix")],
+)
+def test_bands_that_do_not_make_up_the_picture(heights: list[int], size: tuple[int, int], message: str) -> None:
+    with open_upscaler() as opened, pytest.raises(ImageError, match=message):
+        list(opened.upscale_bands((photo(height, 12) for height in heights), size))
+    with open_upscaler() as opened, pytest.raises(ImageError, match="differ"):
+        list(opened.upscale_bands([photo(10, 12), photo(10, 12)[:, :, 0]], (20, 12)))
+
+
+def test_other_factors_and_sizes() -> None:
+    image = photo(20, 30)
+    with open_upscaler("identity") as opened:
+        sizes = {
+            (("factor", 4),): (80, 120), (("factor", 3.0),): (60, 90), (("factor", 1.3),): (26, 39),
+            (("factor", 0.5),): (10, 15), (("size", (41, None)),): (41, 62), (("size", (None, 7)),): (5, 7),
+            (("size", (50, 33)),): (50, 33), (("factor", 8),): (160, 240),
+        }  # fmt: skip
+        for arguments, size in sizes.items():
+            assert opened.upscale(image, **dict(arguments)).shape == (*size, 3), arguments
+        np.testing.assert_array_equal(opened.upscale(image, factor=4), doubled(doubled(image)))
+        assert opened.upscale(Image.fromarray(image), factor=2.5).size == (75, 50)
+        for wrong in (
+            {"factor": 0}, {"factor": -1}, {"factor": float("nan")}, {"factor": 1e9}, {"factor": "2"}, {"size": (0, 5)},
+            {"size": (None, None)}, {"size": (5.5, 5)}, {"size": (5,)}, {"factor": 2, "size": (5, 5)},
+            {"size": (100_000, None)},
+        ):  # fmt: skip
+            with pytest.raises(OptionError):
+                opened.upscale(image, **wrong)
+
+
+def test_the_network_runs_as_often_as_comes_nearest() -> None:
+    with open_upscaler("identity") as opened:
+        for factor, tiles in ((0.7, 0), (1.1, 1), (2.0, 1), (2.7, 1), (3.0, 2), (5.6, 2), (6.0, 3), (8.0, 3)):
+            before = opened.stats.tiles
+            opened.upscale(photo(), factor=factor)
+            assert opened.stats.tiles - before == tiles, factor
+
+
+def test_resizing_keeps_16_bits_and_hides_invisible_colour() -> None:
+    ramp = np.linspace(0, 65535, 8192).astype(np.uint16)[None].repeat(4, axis=0)
+    with open_upscaler("identity") as opened:
+        assert len(np.unique(opened.upscale(ramp, factor=1.5))) >= 4096
+        sprite = np.zeros((16, 16, 4), np.uint8)
+        sprite[:, 8:] = (200, 100, 50, 255)  # beside black that nobody sees
+        result = opened.upscale(sprite, factor=3)
+    seen = result[result[:, :, 3] > 8]
+    assert abs(seen[:, :3].astype(int) - (200, 100, 50)).max() <= 8
+
+
+def test_numpy_numbers_are_numbers() -> None:
+    with open_upscaler(batch=np.int64(2)) as opened:
+        assert opened.info["batch"] == 2
+        opened.upscale(photo(40, 40), tile=np.int32(8))
+
+
+def test_stats_tell_the_parts_and_each_picture() -> None:
+    told: list[Stats] = []
+    with open_upscaler("unet", on_picture=told.append) as opened:
+        opened.upscale(photo(150, 150), tile=16)
+        opened.upscale(photo(9, 9))
+        total = opened.stats
+    assert [stats.pictures for stats in told] == [1, 1] and told[0] + told[1] == total
+    assert told[1].tiles == 1 and told[0].tiles > 1
+    assert 0 < total.run_s < total.seconds and total.gather_s > 0 and total.place_s > 0
+    assert total.decode_s == total.encode_s == 0
+
+
+def test_files_tell_decoding_and_encoding(tmp_path: Path) -> None:
+    Image.fromarray(photo()).save(tmp_path / "in.png")
+    with open_upscaler() as opened:
+        opened.upscale_file(tmp_path / "in.png", tmp_path / "out.png")
+        assert opened.stats.pictures == 1 and opened.stats.decode_s > 0 and opened.stats.encode_s > 0
+
+
+def test_upscale_files_goes_on_after_errors(tmp_path: Path) -> None:
+    Image.fromarray(photo()).save(tmp_path / "good.png")
+    (tmp_path / "bad.png").write_text("no picture")
+    pairs = [(tmp_path / f"{name}.png", tmp_path / f"{name}2.png") for name in ("good", "bad", "missing")]
+    with open_upscaler("identity") as opened:
+        results = list(opened.upscale_files([*pairs, (str(tmp_path / "good.png"), tmp_path / "last.png")]))
+    assert [type(error) for _, error in results] == [type(None), ImageError, ImageError, type(None)]
+    for name in ("good2.png", "last.png"):
+        np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / name)), doubled(photo()))
+
+
+def test_one_path_is_not_many() -> None:
+    with open_upscaler() as opened, pytest.raises(OptionError, match=r"\['photo.jpg'\]"):
+        opened.upscale_many("photo.jpg")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_after_a_fork_the_child_is_told(tmp_path: Path) -> None:
+    code = f"""
+import os, sys
+import numpy as np
+from sdk import BackendError, Upscaler
+upscaler = Upscaler({str(bundles.shared("blur"))!r}, backend="onnxruntime")
+image = np.zeros((8, 8, 3), np.uint8)
+upscaler.upscale(image)
+child = os.fork()
+if child == 0:
+    try:
+        upscaler.upscale(image)
+    except BackendError as exc:
+        os._exit(7 if "fork" in str(exc) else 8)
+    os._exit(9)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+upscaler.upscale(image)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
 def test_a_bundle_without_an_exact_halo_is_refused(tmp_path: Path) -> None:

@@ -57,6 +57,7 @@ class OnnxRuntimeBackend:
             provider = ("CUDAExecutionProvider", {"device_id": device.partition(":")[2], **options_of_cuda})
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = thread_count() or 0  # 0: one for each core, whatever the process may use
+        options.enable_mem_pattern = False  # twice the memory, and a plan kept for every size of picture
         options.log_severity_level = 4  # errors arrive as exceptions; a fallback is checked for below
         try:
             self._session: Any = onnxruntime.InferenceSession(graph, options, providers=[provider])

@@ -1,4 +1,4 @@
-"""OpenVINO on the CPU: static window shapes, bfloat16 where the processor has it."""
+"""OpenVINO on the CPU: static shapes for windows that come again, bfloat16 where the processor has it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from . import Request, thread_count
 LOG = logging.getLogger(__name__)
 MIN_BF16_PSNR_DB = 45.0
 KEPT_PIXELS = 2 << 20  # of the window shapes that stay compiled: each holds some 200 bytes a pixel
-CACHE_BYTES = 512 << 20  # of compiled models on disk: every picture size that fits in one piece adds one
+MAX_SEEN = 1000  # window shapes that are remembered as seen once
+CACHE_BYTES = 512 << 20  # of compiled models on disk
 HINTS = {"fp32": "f32", "bf16": "bf16"}
 
 
@@ -83,7 +84,11 @@ def _core(openvino: Any) -> Any:
 
 
 class OpenVinoBackend:
-    """Compiles the graph once for each batch shape; static shapes run faster than dynamic ones."""
+    """Runs any shape at once, and compiles the graph for a shape that comes again.
+
+    A static shape runs up to a quarter faster, and compiling it takes as long as that saves in one to three runs.
+    The pixels are the same both ways.
+    """
 
     name = "openvino"
     device = "cpu"
@@ -96,6 +101,8 @@ class OpenVinoBackend:
         self._config: dict[str, Any] = {"INFERENCE_PRECISION_HINT": HINTS[precision], "PERFORMANCE_HINT": "LATENCY"}
         if threads := thread_count():
             self._config["INFERENCE_NUM_THREADS"] = threads
+        self._any_shape: _Requests | None = None
+        self._seen: OrderedDict[tuple[int, ...], None] = OrderedDict()
         self._shapes: OrderedDict[tuple[int, ...], _Requests] = OrderedDict()
         self._lock = threading.Lock()
         self._closed = False
@@ -122,22 +129,36 @@ class OpenVinoBackend:
         """See Backend.close."""
         with self._lock:
             self._closed = True
+            self._any_shape = None
             self._shapes.clear()
 
     def _compiled(self, shape: tuple[int, ...]) -> _Requests:
         with self._lock:
             if self._closed:
                 raise BackendError("this backend is closed")
-            if shape not in self._shapes:
-                model = self._core.read_model(self._graph)
-                model.reshape(list(shape))
-                self._shapes[shape] = _Requests(self._core.compile_model(model, "CPU", self._config))
-                if "CACHE_DIR" in self._config:
-                    prune_cache(Path(self._config["CACHE_DIR"]))
-                while len(self._shapes) > 1 and sum(n * h * w for n, h, w, _ in self._shapes) > KEPT_PIXELS:
-                    self._shapes.popitem(last=False)
-            self._shapes.move_to_end(shape)
+            if shape in self._shapes:
+                self._shapes.move_to_end(shape)
+                return self._shapes[shape]
+            if shape not in self._seen:
+                self._seen[shape] = None
+                while len(self._seen) > MAX_SEEN:
+                    self._seen.popitem(last=False)
+                if self._any_shape is None:
+                    self._any_shape = self._compile(None)
+                return self._any_shape
+            self._shapes[shape] = self._compile(shape)
+            while len(self._shapes) > 1 and sum(n * h * w for n, h, w, _ in self._shapes) > KEPT_PIXELS:
+                self._shapes.popitem(last=False)
             return self._shapes[shape]
+
+    def _compile(self, shape: tuple[int, ...] | None) -> _Requests:
+        model = self._core.read_model(self._graph)
+        if shape:
+            model.reshape(list(shape))
+        compiled = _Requests(self._core.compile_model(model, "CPU", self._config))
+        if "CACHE_DIR" in self._config:
+            prune_cache(Path(self._config["CACHE_DIR"]))
+        return compiled
 
 
 class _Requests:

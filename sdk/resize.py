@@ -1,0 +1,87 @@
+"""From the network's factor to any other size: how often it is applied, and one antialiased resize."""
+
+from __future__ import annotations
+
+import math
+import operator
+
+import numpy as np
+from PIL import Image
+
+from .errors import OptionError
+
+MAX_FACTOR = 64.0
+FILTER = Image.Resampling.LANCZOS  # widened by the factor when it shrinks, as Pillow does
+
+
+def target_size(
+    size: tuple[int, int], *, scale: int, factor: float | None, size_wanted: tuple[int | None, int | None] | None
+) -> tuple[int, int]:
+    """Work out the size of the result from what was asked for; without either, `scale` times.
+
+    size: (height, width) of the picture. size_wanted: (height, width), one of which may be None.
+    Raises: OptionError if both are given, or one is out of range.
+    """
+    height, width = size
+    if factor is None and size_wanted is None:
+        return height * scale, width * scale
+    if factor is not None and size_wanted is not None:
+        raise OptionError("factor and size: give one of them")
+    if factor is not None:
+        if not (isinstance(factor, (int, float)) and math.isfinite(factor) and 0 < factor <= MAX_FACTOR):
+            raise OptionError(f"factor {factor!r}: a number above 0, at most {MAX_FACTOR:g}")
+        return max(1, round(height * factor)), max(1, round(width * factor))
+    try:
+        wanted = [None if side is None else operator.index(side) for side in size_wanted or ()]
+    except TypeError:
+        wanted = []
+    if len(wanted) != 2 or wanted == [None, None] or any(side is not None and side < 1 for side in wanted):
+        raise OptionError(f"size {size_wanted!r}: (height, width), whole numbers from 1, one of them may be None")
+    new_height, new_width = wanted
+    if new_height is None:
+        assert new_width is not None
+        new_height = max(1, round(height * new_width / width))
+    if new_width is None:
+        new_width = max(1, round(width * new_height / height))
+    if max(new_height / height, new_width / width) > MAX_FACTOR:
+        raise OptionError(f"size {size_wanted!r}: more than {MAX_FACTOR:g} times {height} x {width}")
+    return new_height, new_width
+
+
+def count_passes(size: tuple[int, int], wanted: tuple[int, int], *, scale: int) -> int:
+    """Count how often the network is applied: the power of `scale` nearest to the wanted factor, at least once.
+
+    A picture that shall not grow is not enlarged first; a x1 model is applied once.
+    """
+    factor = max(new / old for new, old in zip(wanted, size, strict=True))
+    if scale == 1:
+        return 1
+    if factor <= 1:
+        return 0
+    return max(1, round(math.log(factor, scale)))
+
+
+def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Resize with antialiasing: (H, W) or (H, W, C) uint8, uint16 or float32 -> the same of `size`.
+
+    Colour is weighted by alpha (the last of 2 or 4 channels), so that invisible pixels do not show at edges.
+    """
+    if image.shape[:2] == size:
+        return image
+    if image.ndim == 2:
+        return resize(image[:, :, None], size)[:, :, 0]
+    channels = image.shape[2]
+    planes = np.moveaxis(image.astype(np.float32), 2, 0)
+    has_alpha = channels in (2, 4)
+    highest = 1.0 if image.dtype == np.float32 else float(np.iinfo(image.dtype).max)
+    if has_alpha:
+        planes[:-1] *= planes[-1] / highest
+    resized = np.stack([_resize_plane(plane, size) for plane in planes])
+    if has_alpha:
+        resized[:-1] *= highest / np.maximum(resized[-1], 1e-3)
+    resized = np.clip(np.moveaxis(resized, 0, 2), 0, highest)
+    return resized if image.dtype == np.float32 else np.rint(resized).astype(image.dtype)
+
+
+def _resize_plane(plane: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    return np.asarray(Image.fromarray(np.ascontiguousarray(plane)).resize((size[1], size[0]), FILTER))

@@ -1,0 +1,57 @@
+"""libvips through pyvips: the files that Pillow would read in 8 bits or not at all."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from . import opening, pixels
+from .errors import BackendUnavailable, ImageError
+
+# Pillow's format -> libvips' loader. Never chosen by content: libvips knows formats that run other programs.
+LOADERS = {"PNG": "pngload_source", "TIFF": "tiffload_source", "AVIF": "heifload_source"}
+
+
+def import_vips(what: str) -> Any:
+    """Import pyvips.
+
+    what: begins the message, like "photo.png: 16-bit colour". Raises: BackendUnavailable if it is not installed.
+    """
+    try:
+        import pyvips
+    except (ImportError, OSError) as exc:  # OSError: pyvips without a libvips that it can load
+        raise BackendUnavailable(f"{what} needs libvips: pip install 'sr-sdk[large]'") from exc
+    return pyvips
+
+
+def read(path: Path, kind: str, *, max_pixels: int | None) -> np.ndarray:
+    """Read a file in the depth that it has.
+
+    kind: Pillow's name of the format. Returns: an array that pixels.check_array accepts, orientation not applied.
+    Raises: ImageError if it is damaged, too large, or holds what is not supported; BackendUnavailable.
+    """
+    if kind not in LOADERS:
+        raise ImageError(f"{kind} of more than 8 bits a channel is not supported; convert it to PNG or TIFF")
+    pyvips = import_vips(f"{path}: {kind} of this depth or layout")
+    try:
+        # From a source and not by name: libvips takes options out of names like "a.png[page=2]".
+        source = pyvips.Source.new_from_file(os.fsencode(path))
+        image = getattr(pyvips.Image, LOADERS[kind])(source, fail_on="error", access="sequential")
+        opening.check_size((image.width, image.height), max_pixels)
+        if image.interpretation == "cmyk":
+            image = image.icc_transform("srgb", embedded=True, depth=16 if image.format == "ushort" else 8)
+        elif image.interpretation in ("lab", "labs", "labq", "xyz"):
+            image = image.colourspace("rgb16")
+        bits = image.get("bits-per-sample") if kind == "AVIF" and image.get_typeof("bits-per-sample") else 16
+        array: np.ndarray = image.numpy()
+    except pyvips.Error as exc:
+        raise ImageError(f"damaged picture ({opening.one_line(exc)})") from exc
+    if array.dtype not in pixels.DTYPES or (array.ndim == 3 and array.shape[2] > 4):
+        channels = array.shape[2] if array.ndim == 3 else 1
+        raise ImageError(f"{channels} channels of {array.dtype} are not supported; convert to uint8, uint16 or float32")
+    if bits < 16 and array.dtype == np.uint16:  # they lie in the upper bits: fill up, so that white is 65535
+        array = array | array >> bits
+    return array
