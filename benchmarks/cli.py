@@ -12,8 +12,10 @@ import click
 
 from sdk import SRError
 
+from . import large as large_module
 from . import latency as latency_module
 from . import quality as quality_module
+from . import runtime as runtime_module
 from .cores import limit_threads
 from .report import render
 from .result import check_writable, write_json
@@ -59,7 +61,7 @@ def latency(json_path: Path | None, sizes: tuple[tuple[int, int], ...], threads:
     def measure() -> dict[str, Any]:
         if threads is not None:
             limit_threads(threads)
-        return latency_module.run_latency(settings, progress=lambda news: click.echo(news, err=True))
+        return latency_module.run_latency(settings, progress=_tell)
 
     _report(measure, json_path)
 
@@ -79,6 +81,34 @@ def quality(json_path: Path | None, models: tuple[str, ...], **options: Any) -> 
         return click.progressbar(paths, label=label, file=sys.stderr)
 
     _report(lambda: quality_module.run_quality(settings, track=track), json_path)
+
+
+@main.command()
+@click.argument("parts", metavar="[PART]...", type=click.Choice(list(runtime_module.PARTS)), nargs=-1)
+@click.option("--model", help="Bundle folder or shipped model. Default: the shipped one.")
+@click.option("--repeats", type=click.IntRange(1), default=15, show_default=True, help="Timed runs of each contestant.")
+@click.option("--pictures", type=click.Path(path_type=Path), help="Folder to crop photographs from. Default: our own.")
+@click.option("--photographs", type=click.IntRange(1), default=50, show_default=True, help="Files of `many`.")
+@click.option("--small-pictures", type=click.IntRange(1), default=2000, show_default=True, help="Of `memory`.")
+@json_option
+def runtime(json_path: Path | None, **options: Any) -> None:
+    """Measure the runtime against its bounds: overhead, tiled, many, memory, start; all PARTs by default."""
+    settings = runtime_module.Settings(**options)
+    _report(lambda: runtime_module.run_runtime(settings, progress=_tell), json_path)
+
+
+@main.command()
+@click.option("--side", type=click.IntRange(16, 32000), default=20000, show_default=True, help="Of the LR square.")
+@click.option("--format", "suffix", type=click.Choice(["png", "jpg", "tif"]), default="png", show_default=True)
+@click.option("--model", help="Bundle folder or shipped model. Default: the shipped one.")
+@json_option
+def large(json_path: Path | None, side: int, suffix: str, model: str | None) -> None:
+    """Enlarge a file that is streamed in bands; peak memory and time. Takes disk space: TMPDIR says where."""
+    _report(lambda: large_module.run_large(model, side=side, suffix=suffix, progress=_tell), json_path)
+
+
+def _tell(news: str) -> None:
+    click.echo(news, err=True)
 
 
 def _report(measure: Callable[[], dict[str, Any]], json_path: Path | None) -> None:

@@ -6,8 +6,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -17,19 +18,22 @@ from sdk.errors import BackendError, BackendUnavailable, BundleError
 from . import torch_eager
 from .cores import has_strays
 from .memory import measure_peak_mib
+from .metrics import psnr
 from .pictures import BILINEAR, draw_picture, enlarge, fit_picture, read_picture
 from .result import model_facts, result_head
 
 PROTOCOL = (
     "From a uint8 array to a uint8 array in memory. All contestants take turns in one process; a turn is a pause of "
     "50 ms, an untimed run and a timed run. Two runs each before the first turn. Peak memory: resident, of a process "
-    "of its own that does the same work twice, interpreter and libraries included, graphics memory not."
+    "of its own that does the same work twice, interpreter and libraries included, graphics memory not. PSNR: of the "
+    "engine's result against ONNX Runtime's in fp32, RGB."
 )
 WARM_UPS = 2
 # Worker threads of one engine spin for a while after its run, on the cores of the next.
 PAUSE_S = 0.05
 
 Runner = Callable[[np.ndarray], np.ndarray]
+Key = TypeVar("Key")
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,7 @@ class Contestant:
 
 BASELINE = Contestant("bilinear", "cpu", "uint8")
 REFERENCE = Contestant("onnxruntime", "cpu", "fp32")
+EAGER = Contestant("pytorch", "cpu", "fp32")
 CONTESTANTS = (
     BASELINE,
     REFERENCE,
@@ -55,7 +60,7 @@ CONTESTANTS = (
     Contestant("openvino", "cpu", "bf16"),
     Contestant("onnxruntime", "cuda:0", "fp32"),
     Contestant("onnxruntime", "cuda:0", "fp16"),
-    Contestant("pytorch", "cpu", "fp32"),
+    EAGER,
     Contestant("pytorch", "cpu", "bf16"),
     Contestant("pytorch", "cuda:0", "fp32"),
     Contestant("pytorch", "cuda:0", "bf16"),
@@ -110,33 +115,47 @@ def run_latency(settings: Settings, *, progress: Callable[[str], None] = lambda 
         for size in settings.sizes:
             progress(f"{size[0]}x{size[1]}: timing {names}")
             lr = draw_picture(size) if source is None else fit_picture(source, size)
-            samples = take_turns(runners, lr, repeats=settings.repeats)
+            turns = {contestant: partial(runner, lr) for contestant, runner in runners.items()}
+            samples = take_turns(turns, repeats=settings.repeats)
             timings = {contestant: summarise(times_ms) for contestant, times_ms in samples.items()}
+            psnr_db = compare_results(runners, lr)
             progress(f"{size[0]}x{size[1]}: peak memory")
             memory_mib = {contestant: measure_peak_mib(_work, contestant, settings, size) for contestant in runners}
-            rows += make_rows(timings, memory_mib, size=size, scale=bundle.manifest.scale)
+            rows += make_rows(timings, memory_mib, psnr_db, size=size, scale=bundle.manifest.scale)
     return head | {"rows": rows, "skipped": skipped}
 
 
 def take_turns(
-    runners: Mapping[Contestant, Runner], lr: np.ndarray, *, repeats: int, pause_s: float = PAUSE_S
-) -> dict[Contestant, list[float]]:
+    runners: Mapping[Key, Callable[[], object]], *, repeats: int, pause_s: float = PAUSE_S
+) -> dict[Key, list[float]]:
     """Time the contestants in turn, so that whatever else the machine does meets all of them.
 
-    lr: (h, w, 3) uint8. Returns: `repeats` samples in milliseconds for each.
+    Returns: `repeats` samples in milliseconds for each.
     """
     for runner in runners.values():
         for _ in range(WARM_UPS):
-            runner(lr)
-    samples: dict[Contestant, list[float]] = {contestant: [] for contestant in runners}
+            runner()
+    samples: dict[Key, list[float]] = {contestant: [] for contestant in runners}
     for _ in range(repeats):
         for contestant, runner in runners.items():
             time.sleep(pause_s)
-            runner(lr)
+            runner()
             start = time.perf_counter_ns()
-            runner(lr)
+            runner()
             samples[contestant].append((time.perf_counter_ns() - start) / 1e6)
     return samples
+
+
+def compare_results(runners: Mapping[Contestant, Runner], lr: np.ndarray) -> dict[Contestant, float]:
+    """Give the PSNR in dB of each engine of the SDK against the reference; none if that does not run here.
+
+    PyTorch is left out: its weights may be random.
+    """
+    engines = [contestant for contestant in runners if contestant.engine not in ("bilinear", "pytorch")]
+    if REFERENCE not in engines:
+        return {}
+    expected = runners[REFERENCE](lr)
+    return {contestant: psnr(runners[contestant](lr), expected) for contestant in engines if contestant != REFERENCE}
 
 
 def summarise(times_ms: Sequence[float]) -> Timing:
@@ -148,14 +167,16 @@ def summarise(times_ms: Sequence[float]) -> Timing:
 def make_rows(
     timings: Mapping[Contestant, Timing],
     memory_mib: Mapping[Contestant, float],
+    psnr_db: Mapping[Contestant, float],
     *,
     size: tuple[int, int],
     scale: int,
 ) -> list[dict[str, Any]]:
-    """Make the table of one LR size, with ratios of medians; the speed-up is None where the reference did not run."""
+    """Make the table of one LR size, with ratios of medians; a figure is None where what it needs did not run."""
     output_mp = size[0] * size[1] * scale**2 / 1e6
     baseline_ms = timings[BASELINE].median_ms
     reference_ms = timings[REFERENCE].median_ms if REFERENCE in timings else None
+    eager_ms = timings[EAGER].median_ms if EAGER in timings else None
     return [
         {
             "size": list(size),
@@ -165,6 +186,8 @@ def make_rows(
             "output_mp_per_s": round(output_mp / timing.median_ms * 1e3, 3),
             "times_bilinear": round(timing.median_ms / baseline_ms, 3),
             "speedup_over_onnxruntime_fp32": reference_ms and round(reference_ms / timing.median_ms, 3),
+            "speedup_over_pytorch_fp32": eager_ms and round(eager_ms / timing.median_ms, 3),
+            "psnr_to_onnxruntime_fp32_db": round(psnr_db[contestant], 2) if contestant in psnr_db else None,
             "peak_memory_mib": round(memory_mib[contestant], 1),
         }
         for contestant, timing in timings.items()

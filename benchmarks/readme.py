@@ -1,6 +1,6 @@
 """Write the README's tables from the JSON in benchmarks/results: `python -m benchmarks.readme`.
 
-A table stands between `<!-- table NAME -->` and `<!-- end -->`.
+A table stands between `<!-- table NAME -->` and `<!-- end -->`, and is made from NAME.json.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from .report import measured
+
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
@@ -20,13 +22,13 @@ BLOCK = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 def fill_tables(text: str, results: Path = RESULTS) -> str:
     """Replace every table of a README by the one that its JSON gives.
 
-    Raises: KeyError for a table that nothing makes, OSError or ValueError for an unreadable result.
+    Raises: KeyError for a result that no table is made of, OSError or ValueError for an unreadable result.
     """
 
     def fill(match: re.Match[str]) -> str:
         name = match[2]
         result = json.loads((results / f"{name}.json").read_text(encoding="utf-8"))
-        return f"{match[1]}{TABLES[name](result)}{match[3]}"
+        return f"{match[1]}{TABLES[result['kind']](result)}{match[3]}"
 
     return BLOCK.sub(fill, text)
 
@@ -46,29 +48,38 @@ def _quality(result: dict[str, Any]) -> str:
     return _table(headings, rows) + _machine(result)
 
 
+# Heading and decimals of each figure; those that no row has are left out.
+LATENCY_COLUMNS = {
+    "median_ms": ("median ms", 1),
+    "p95_ms": ("p95 ms", 1),
+    "output_mp_per_s": ("output MP/s", 1),
+    "times_bilinear": ("x bilinear", 1),
+    "speedup_over_onnxruntime_fp32": ("x ORT fp32", 2),
+    "speedup_over_pytorch_fp32": ("x PyTorch fp32", 2),
+    "psnr_to_onnxruntime_fp32_db": ("dB to ORT fp32", 1),
+    "peak_memory_mib": ("peak MiB", 0),
+}
+
+
 def _latency(result: dict[str, Any]) -> str:
     scale = result["model"]["scale"]
+    columns = {key: LATENCY_COLUMNS[key] for key in LATENCY_COLUMNS if any(key in row for row in result["rows"])}
     rows = []
     for row in result["rows"]:
         height, width = row["size"]
-        speedup = row["speedup_over_onnxruntime_fp32"]
-        rows.append(
-            [
-                f"{width}x{height} -> {width * scale}x{height * scale}",
-                row["contestant"],
-                f"{row['median_ms']:.1f}",
-                f"{row['p95_ms']:.1f}",
-                f"{row['output_mp_per_s']:.1f}",
-                f"{row['times_bilinear']:.1f}",
-                "-" if speedup is None else f"{speedup:.2f}",
-                "-" if row["peak_memory_mib"] is None else f"{row['peak_memory_mib']:.0f}",
-            ]
-        )
-    headings = ["size", "contestant", "median ms", "p95 ms", "output MP/s", "x bilinear", "x ORT fp32", "peak MiB"]
-    return _table(headings, rows) + _machine(result)
+        cells = ["-" if row[key] is None else f"{row[key]:.{decimals}f}" for key, (_, decimals) in columns.items()]
+        rows.append([f"{width}x{height} -> {width * scale}x{height * scale}", row["contestant"], *cells])
+    return _table(["size", "contestant", *(heading for heading, _ in columns.values())], rows) + _machine(result)
 
 
-TABLES: dict[str, Callable[[dict[str, Any]], str]] = {"quality": _quality, "latency": _latency}
+def _runtime(result: dict[str, Any]) -> str:
+    rows = [[row["part"], row["case"], *measured(row)] for row in result["rows"]]
+    return _table(["figure", "case", "measured", "target"], rows) + _machine(result)
+
+
+TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "quality": _quality, "latency": _latency, "runtime": _runtime,
+}  # fmt: skip
 
 
 def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -16,6 +16,8 @@ LATENCY_COLUMNS = {
     "output_mp_per_s": "output MP/s",
     "times_bilinear": "x bilinear",
     "speedup_over_onnxruntime_fp32": "speed-up over ORT fp32",
+    "speedup_over_pytorch_fp32": "over PyTorch fp32",
+    "psnr_to_onnxruntime_fp32_db": "PSNR dB to ORT fp32",
     "peak_memory_mib": "peak MiB",
 }
 # Heading and decimals of each figure.
@@ -28,8 +30,8 @@ QUALITY_COLUMNS = {
 
 
 def render(result: dict[str, Any]) -> str:
-    """Turn the result of either benchmark into text; the machine first."""
-    body = {"latency": _latency, "quality": _quality}[result["kind"]](result)
+    """Turn the result of any benchmark into text; the machine first."""
+    body = {"latency": _latency, "quality": _quality, "runtime": _runtime}[result["kind"]](result)
     return "\n\n".join([_machine(result["machine"]), *body])
 
 
@@ -80,6 +82,34 @@ def _quality(result: dict[str, Any]) -> list[str]:
     headings = ["dataset", "method", "pictures", *(heading for heading, _ in columns.values())]
     notes = [f"no {LABEL}: {result['lpips_like_missing']}"] if result["lpips_like_missing"] else []
     return [table(headings, rows, text_columns=2), *notes]
+
+
+def _runtime(result: dict[str, Any]) -> list[str]:
+    rows = [[row["part"], row["case"], *measured(row), {None: "", True: "yes", False: "NO"}[row["met"]]]
+            for row in result["rows"]]  # fmt: skip
+    details = [
+        f"{row['part']}, {row['case']}: " + ", ".join(f"{key} {_text(value)}" for key, value in row["details"].items())
+        for row in result["rows"]
+        if row["details"]
+    ]
+    skipped = [f"skipped {item['part']}: {item['reason']}" for item in result["skipped"]]
+    info = ", ".join(f"{key} {_text(value)}" for key, value in result["info"].items())
+    headings = ["figure", "case", "measured", "target", "met"]
+    blocks = [info, table(headings, rows, text_columns=2), "\n".join(details), "\n".join(skipped)]
+    return [block for block in blocks if block]
+
+
+def measured(row: dict[str, Any]) -> tuple[str, str]:
+    """Write the value and the target of a row of the runtime's result, with their unit."""
+    decimals = 2 if row["unit"] == "x" else 0
+    target = "" if row["target"] is None else f"{row['target']:.{decimals}f} {row['unit']}"
+    return f"{row['value']:.{decimals}f} {row['unit']}", target
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return "/".join(f"{item:.0f}" for item in value)
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _cell(value: Any) -> str:

@@ -74,7 +74,7 @@ def _load(bundle: Bundle, run: Path | None) -> Any:
         network = build_model(recipe_from_dict(facts["recipe"]).model, weights="random")
         if checkpoint is not None:
             network.load_state_dict(checkpoint.group("model"))
-        network.fold()
+        network.eval().fold()
         return network
     except (TrainError, RuntimeError) as exc:
         reason = str(exc).splitlines()[0]

@@ -1,7 +1,8 @@
-"""One file in, one file out: stills and animations, alone or many with decoding, computing and encoding overlapped."""
+"""One file in, one file out: stills, animations and very large pictures; of many files the steps overlap."""
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import animation, compare, files, pipeline, resize
+from . import animation, compare, files, large, pipeline, resize, vips
 from .animation import Animation, Frame
 from .errors import SRError
 from .files import MAX_PIXELS, Metadata
@@ -20,6 +21,7 @@ from .stats import Meter
 if TYPE_CHECKING:
     from .upscaler import Upscaler
 
+LOG = logging.getLogger(__name__)
 MAX_ENCODERS = 4  # threads; each holds one result
 
 
@@ -39,6 +41,11 @@ class Options:
     size: tuple[int | None, int | None] | None = None
     tile: int | None = None
     max_pixels: int | None = MAX_PIXELS
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """Stands for a picture that is read, enlarged and written in bands, all in the last step."""
 
 
 @dataclass(frozen=True)
@@ -66,15 +73,20 @@ def run_files(
 ) -> Generator[tuple[Job, SRError | None], None, None]:
     """Enlarge many files; yield each job in order, with its error if it failed."""
     steps = Steps(upscaler, options)
-    encoders = min(MAX_ENCODERS, os.cpu_count() or 1)
+    encoders = min(MAX_ENCODERS, _cores())
     work = pipeline.overlap(jobs, decode=steps.decode, compute=steps.compute, encode=steps.encode, encoders=encoders)
     with closing(work) as results:
         yield from results
 
 
+def _cores() -> int:
+    """Count the cores that this process may use; containers have fewer than the machine."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 @dataclass(frozen=True)
 class Steps:
-    """The three steps of a file. An animation is opened in the first, and enlarged and written in the last."""
+    """The three steps of a file. What comes in frames or bands is enlarged and written in the last."""
 
     upscaler: Upscaler
     options: Options
@@ -88,6 +100,8 @@ class Steps:
         for target in filter(os.path.lexists, job.targets):
             files.check_output(target, overwrite=options.overwrite)
         meter = Meter()
+        if self._is_streamed(job):
+            return Streamed(), Metadata(), meter
         source: np.ndarray | Animation
         with meter.part("decode"):
             moving = animation.read(job.source, max_pixels=options.max_pixels)
@@ -109,21 +123,35 @@ class Steps:
     def compute(self, decoded: tuple[Any, Metadata, Meter]) -> tuple[Any, Any, Metadata, Meter]:
         """Enlarge a still picture."""
         image, metadata, meter = decoded
-        large = None if isinstance(image, Animation) else self._enlarge(image, meter)
-        return image, large, metadata, meter
+        result = self._enlarge(image, meter) if isinstance(image, np.ndarray) else None
+        return image, result, metadata, meter
 
     def encode(self, job: Job, computed: tuple[Any, Any, Metadata, Meter]) -> None:
-        """Write a still picture, or enlarge and write an animation."""
-        image, large, metadata, meter = computed
+        """Write a still picture, or enlarge and write what comes in frames or bands."""
+        image, result, metadata, meter = computed
+        if isinstance(image, Streamed):
+            large.enlarge(self.upscaler, job.source, job.target, self.options)
+            return
         if isinstance(image, Animation):
-            large, image = self._write_animation(job, image, meter)
+            result, image = self._write_animation(job, image, meter)
         else:
             with meter.part("encode"):
-                files.write(job.target, large, metadata, **self._how())
+                files.write(job.target, result, metadata, **self._how())
         if job.panel:
-            panel = compare.panel(image, large)
+            panel = compare.panel(image, result)
             files.write(job.panel, panel, Metadata(), quality=self.options.quality, overwrite=self.options.overwrite)
         self.upscaler.record(meter.stats())
+
+    def _is_streamed(self, job: Job) -> bool:
+        """Tell whether a picture is so large that it is better read and written in bands, and can be."""
+        options = self.options
+        plain = job.panel is None and options.factor is None and options.size is None
+        if not (plain and large.is_large(job.source, job.target, scale=self.upscaler.scale)):
+            return False
+        if not vips.is_installed():
+            LOG.warning("%s: needs much memory; pip install 'sr-sdk[large]' to have it streamed", job.source)
+            return False
+        return True
 
     def _enlarge(self, image: np.ndarray, meter: Meter) -> np.ndarray:
         options = self.options
@@ -135,9 +163,9 @@ class Steps:
 
         def frames() -> Iterator[Frame]:
             for frame in source.frames():
-                large = self._enlarge(frame.image, meter)
-                shown[:] = [large, frame.image]
-                yield replace(frame, image=large)
+                result = self._enlarge(frame.image, meter)
+                shown[:] = [result, frame.image]
+                yield replace(frame, image=result)
 
         animation.write(job.target, frames(), like=source, **self._how())
         return shown[0], shown[1]

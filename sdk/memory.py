@@ -9,7 +9,7 @@ from pathlib import Path
 # Engines take 1.4 times the live activations of the graph (OpenVINO, ONNX Runtime without memory patterns; measured
 # from 512x512 to 2048x2048).
 REAL_SHARE = 1.5
-COMFORTABLE_BYTES = 192 << 20
+COMFORTABLE_BYTES = 128 << 20
 COMFORTABLE_HALOS = 8  # a window of so many halos a side runs 1.8 times the pixels that it keeps
 FREE_SHARE = 4  # of the free memory, one part
 MEMINFO = Path("/proc/meminfo")
@@ -21,7 +21,7 @@ CGROUP_STAT = Path("/sys/fs/cgroup/memory.stat")
 def window_pixels(activation_bytes: int, *, halo: int, batch: int, limit_mib: int | None) -> int:
     """Give the LR pixels that one window may have, when `batch` of them run at once.
 
-    activation_bytes: of the model, for each LR pixel. limit_mib: asked for by the user, in MiB; None is 192 MiB, or
+    activation_bytes: of the model, for each LR pixel. limit_mib: asked for by the user, in MiB; None is 128 MiB, or
     what keeps the overhead of wide halos bearable, and at most a quarter of the memory that is free now.
     """
     real_bytes = int(activation_bytes * REAL_SHARE)

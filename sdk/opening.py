@@ -203,6 +203,7 @@ def pack_exif(exif: Image.Exif, *, tiff: bool) -> bytes | None:
         for tag in LAYOUT_TAGS & set(exif):
             del exif[tag]
     exif.pop(ORIENTATION, None)
+    exif.bigtiff = False  # what is packed is not, whatever it comes from
     try:
         return exif.tobytes() if exif else None
     except Exception as exc:  # of damaged tags, nearly any

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+CALL_PIXELS = 4096  # what calling an engine costs, in pixels that it runs in that time (about a millisecond)
 MIN_FADE = 8  # LR pixels of a cross-fade: enough to hide a step of a few code values
 
 
@@ -129,7 +130,7 @@ def choose_window(size: tuple[int, int], *, limit: int, overlap: Overlap) -> tup
     for side in range(overlap.smallest_window, largest + 1, stride):
         height, width = (_shrink(length, side, overlap) for length in padded)
         windows = count_windows(padded[0], height, overlap) * count_windows(padded[1], width, overlap)
-        cost = windows * height * width
+        cost = windows * (height * width + CALL_PIXELS)
         if best is None or cost <= best[0]:
             best = cost, (height, width)
     assert best is not None
@@ -190,21 +191,20 @@ def place(
             target[:, :fade] = _cross_fade(target[:, :fade], kept[:, :fade], axis=1)
 
 
-def finished_rows(strips: Iterable[tuple[Span, np.ndarray]], *, scale: int) -> Iterator[np.ndarray]:
+def finished_rows(strips: Iterable[np.ndarray], plan: Plan, *, scale: int) -> Iterator[np.ndarray]:
     """Join strips of kept rows from top to bottom; yield each row once, when no later strip changes it.
 
-    strips: (rows, (N, kept*scale, W*scale, C)). A strip's cross-fade is held back until the next one comes.
+    strips: (N, kept*scale, W*scale, C), one for each of the plan's rows. They are changed, and may overlap in memory
+    as they do in the picture: the cross-fade is held back as a copy until the next strip comes.
     """
     held: np.ndarray | None = None
-    for rows, strip in strips:
+    for rows, below, strip in zip(plan.rows, (*plan.rows[1:], None), strips):
         if held is not None:
             fade = rows.fade * scale
-            yield held[:, : held.shape[1] - fade]
-            if fade:
-                strip[:, :fade] = _cross_fade(held[:, -fade:], strip[:, :fade], axis=1)
-        held = strip
-    if held is not None:
-        yield held
+            strip[:, :fade] = _cross_fade(held, strip[:, :fade], axis=1)
+        finished = strip.shape[1] - (below.fade * scale if below else 0)
+        held = strip[:, finished:].copy()
+        yield strip[:, :finished]
 
 
 def _cross_fade(before: np.ndarray, after: np.ndarray, *, axis: int) -> np.ndarray:

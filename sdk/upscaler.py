@@ -7,7 +7,7 @@ import operator
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,6 +27,9 @@ ReadRows = Callable[[int, int], np.ndarray]
 
 # seams -> largest difference from the untiled result that is accepted, in 8-bit code values.
 SEAMS = {"exact": 1.0, "fast": 4.0}
+MANY = 1000  # runs that `warmup` makes ready for
+BAND_ROWS = 64  # of a result that goes out in bands: putting planes together takes several copies of them
+TILE = "a number of pixels from 1, or None"
 
 
 class Upscaler:
@@ -82,6 +85,7 @@ class Upscaler:
         self._backends: dict[str, Backend] = {"uint8": open_backend(backend, request)}
         self._batch = wanted_batch or self._backends["uint8"].batch
         # Read once: the same picture is cut the same way, whatever else runs later.
+        self._too_large: int | None = None  # window pixels that an engine ran out of memory with
         self._window_pixels = max(
             self._overlap.smallest_window**2,
             memory.window_pixels(
@@ -161,15 +165,16 @@ class Upscaler:
             pixels.check_array(image)
         if len({(image.shape, image.dtype) for image in images}) > 1:
             raise ImageError("the pictures of a batch differ in shape or dtype")
-        split = [pixels.split(image) for image in images]
-        colours = self._enlarge(np.stack([planes.colour for planes in split]), None, meter)
         results = []
-        for image, planes, colour in zip(images, split, colours, strict=True):
-            alpha = planes.alpha
-            if isinstance(alpha, np.ndarray):
-                alpha = self._enlarge(alpha[None], None, meter)[0]
-            results.append(pixels.join(pixels.Planes(colour, alpha), channels=_channels(image), dtype=image.dtype))
-            meter.add(pixels=shape_pixels(image))
+        with _memory_errors((len(images), *images[0].shape)):
+            split = [pixels.split(image) for image in images]
+            colours = self._enlarge(np.stack([planes.colour for planes in split]), None, meter)
+            for image, planes, colour in zip(images, split, colours, strict=True):
+                alpha = planes.alpha
+                if isinstance(alpha, np.ndarray):
+                    alpha = self._enlarge(alpha[None], None, meter)[0]
+                results.append(pixels.join(pixels.Planes(colour, alpha), channels=_channels(image), dtype=image.dtype))
+                meter.add(pixels=shape_pixels(image))
         self.record(meter.stats(pictures=len(images)))
         return results
 
@@ -183,25 +188,30 @@ class Upscaler:
         Raises: as `upscale`; ImageError if the rows do not make up the size.
         The same result as `upscale`, but for the colour of invisible pixels, which is filled from each band alone.
         """
+        if tile is not None:
+            tile = _count(tile, "tile", TILE)
         meter = Meter()
         window = bands.Window(rows, size, stride=self._stage.stride)
-        plan = self._plan(size, tile, self._window_pixels)
+        plan = self._plan(size, tile)
 
-        def strips() -> Iterator[tuple[tiling.Span, np.ndarray]]:
+        def strips() -> Iterator[np.ndarray]:
             for row in plan.rows:
                 with meter.part("gather"):
                     planes = pixels.split(window.read(row.start, row.stop))
-                strip = self._strip(planes.colour[None], row, plan, meter)
+                strip = self._strip_of_band(planes.colour, row, plan, meter)
                 alpha = planes.alpha
                 if isinstance(alpha, np.ndarray):
-                    strip = np.concatenate((strip, self._strip(alpha[None], row, plan, meter)))
+                    strip = np.concatenate((strip, self._strip_of_band(alpha, row, plan, meter)))
                 elif alpha is not None:
                     strip = np.concatenate((strip, np.full_like(strip, alpha)))
-                yield row, strip  # (1 or 2, kept*scale, W*scale, 3): colour and alpha
+                yield strip  # (1 or 2, kept*scale, W*scale, 3): colour and alpha
 
-        for part in tiling.finished_rows(strips(), scale=self.scale):
-            planes = pixels.Planes(part[0], part[1] if len(part) > 1 else None)
-            yield pixels.join(planes, channels=window.channels, dtype=window.dtype)
+        with _memory_errors(size):
+            for part in tiling.finished_rows(strips(), plan, scale=self.scale):
+                for top in range(0, part.shape[1], BAND_ROWS):
+                    band = part[:, top : top + BAND_ROWS]
+                    planes = pixels.Planes(band[0], band[1] if len(band) > 1 else None)
+                    yield pixels.join(planes, channels=window.channels, dtype=window.dtype)
         window.check_end()
         meter.add(pixels=size[0] * size[1])
         self.record(meter.stats())
@@ -264,9 +274,9 @@ class Upscaler:
         """
         sides = size or (self._stage.stride, self._stage.stride)
         height, width = (_count(side, "warmup size", "(height, width), both from 1") for side in sides)
-        # Twice: an engine may prepare itself for a size when it comes again.
-        for _ in range(2):
-            self._enlarge(np.zeros((1, height, width, 3), np.uint8), None, Meter())
+        plan = self._plan((height, width), None)
+        self._expect(self._backend("uint8"), plan, runs=MANY)
+        self._enlarge(np.zeros((1, height, width, 3), np.uint8), None, Meter())
 
     def close(self) -> None:
         """Free the engines; later calls of `upscale` raise BackendError."""
@@ -299,7 +309,7 @@ class Upscaler:
     ) -> Picture:
         """Do what `upscale` does, but leave the counting to the caller."""
         if tile is not None:
-            tile = _count(tile, "tile", "a number of pixels from 1, or None")
+            tile = _count(tile, "tile", TILE)
         if isinstance(image, Image.Image):
             array = self.upscale_metered(pixels.from_pil(image), tile, factor=factor, size=size, meter=meter)
             picture = pixels.to_pil(array)
@@ -308,12 +318,10 @@ class Upscaler:
         pixels.check_array(image)
         wanted = resize.target_size(image.shape[:2], scale=self.scale, factor=factor, size_wanted=size)
         result = image
-        try:
+        with _memory_errors(image.shape):
             for _ in range(resize.count_passes(image.shape[:2], wanted, scale=self.scale)):
                 result = self._pass(result, tile, meter)
             result = resize.resize(result, wanted)
-        except MemoryError as exc:
-            raise OutOfMemory(f"the enlargement of a picture of shape {image.shape} does not fit into memory") from exc
         meter.add(pixels=shape_pixels(image))
         return result
 
@@ -336,51 +344,65 @@ class Upscaler:
 
     def _enlarge(self, images: np.ndarray, tile: int | None, meter: Meter) -> np.ndarray:
         """(N, H, W, 3) uint8 or float32 -> (N, H*scale, W*scale, 3) of the same dtype."""
-        limit = self._window_pixels
         while True:
-            plan = self._plan(images.shape[1:3], tile, limit)
+            plan = self._plan(images.shape[1:3], tile)
             try:
                 return self._run(images, plan, meter)
             except OutOfMemory:
-                window = plan.window[0] * plan.window[1]
-                if window <= self._overlap.smallest_window**2:
+                if not self._shrink_windows(plan, meter):
                     raise
-                tile, limit = None, max(window // 2, self._overlap.smallest_window**2)
-                LOG.warning("out of memory: trying again with windows of %d pixels", limit)
-                with self._lock:  # remembered, so that the next picture does not fail first
-                    self._window_pixels = min(self._window_pixels, limit)
-                meter.add(retries=1)
 
-    def _plan(self, size: tuple[int, int], tile: int | None, limit: int) -> tiling.Plan:
+    def _plan(self, size: tuple[int, int], tile: int | None) -> tiling.Plan:
+        limit = self._window_pixels
         if tile is not None:
             side = tiling.round_up(tile, self._stage.stride) + self._overlap.width
-            window = (side, side)
-        else:
-            window = tiling.choose_window(size, limit=limit, overlap=self._overlap)
+            if self._too_large is None or side**2 < self._too_large:
+                return tiling.plan(size, window=(side, side), overlap=self._overlap)
+        window = tiling.choose_window(size, limit=limit, overlap=self._overlap)
         return tiling.plan(size, window=window, overlap=self._overlap)
+
+    def _shrink_windows(self, plan: tiling.Plan, meter: Meter) -> bool:
+        """Halve the windows from now on, so that the next picture does not fail first; False if they cannot be."""
+        pixels_run, smallest = plan.window[0] * plan.window[1], self._overlap.smallest_window**2
+        if pixels_run <= smallest:
+            return False
+        limit = max(pixels_run // 2, smallest)
+        LOG.warning("out of memory: trying again with windows of %d pixels", limit)
+        with self._lock:
+            self._window_pixels = min(self._window_pixels, limit)
+            self._too_large = min(self._too_large or pixels_run, pixels_run)
+        meter.add(retries=1)
+        return True
 
     def _run(self, images: np.ndarray, plan: tiling.Plan, meter: Meter) -> np.ndarray:
         padded = tiling.pad_to(images, plan.padded)
-        strips = ((row, self._strip(padded[:, row.start : row.stop], row, plan, meter)) for row in plan.rows)
-        finished = tiling.finished_rows(strips, scale=self.scale)
         if len(plan.rows) == 1:
-            return next(finished)
+            return self._strip(padded, plan.rows[0], plan, meter)
         height, width = (side * self.scale for side in plan.size)
         canvas = np.empty((len(images), height, width, 3), images.dtype)
-        top = 0
-        for part in finished:
-            with meter.part("place"):
-                canvas[:, top : top + part.shape[1]] = part
-            top += part.shape[1]
+        self._expect(self._backend_for(images), plan, runs=plan.count)
+        strips = (
+            self._strip(
+                padded[:, row.start : row.stop],
+                row,
+                plan,
+                meter,
+                out=canvas[:, row.keep_start * self.scale : row.keep_stop * self.scale],
+            )
+            for row in plan.rows
+        )
+        for _ in tiling.finished_rows(strips, plan, scale=self.scale):
+            pass  # it is in the canvas
         return canvas
 
-    def _strip(self, band: np.ndarray, row: tiling.Span, plan: tiling.Plan, meter: Meter) -> np.ndarray:
-        """Run one row of windows: (N, h, W, 3) padded rows -> (N, kept*scale, W*scale, 3)."""
-        backend = self._backend("uint8" if band.dtype == np.uint8 else "float32")
+    def _strip(
+        self, band: np.ndarray, row: tiling.Span, plan: tiling.Plan, meter: Meter, *, out: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Run one row of windows: (N, h, W, 3) padded rows -> (N, kept*scale, W*scale, 3), into `out` if given."""
+        backend = self._backend_for(band)
         band = tiling.pad_to(band, (band.shape[1], plan.padded[1]))
         windows = [(index, columns) for index in range(len(band)) for columns in plan.columns]
         height, width = (min(row.keep_stop, plan.size[0]) - row.keep_start) * self.scale, plan.size[1] * self.scale
-        strip: np.ndarray | None = None
         first = 0
         while first < len(windows):
             batch = windows[first : first + self._batch]
@@ -398,15 +420,27 @@ class Upscaler:
                 meter.add(retries=1)
                 continue
             meter.add(tiles=len(batch))
-            if len(windows) == 1 and outputs.shape[1:3] == (height, width):
+            if out is None and len(windows) == 1 and outputs.shape[1:3] == (height, width):
                 return outputs
             with meter.part("place"):
-                if strip is None:
-                    strip = np.empty((len(band), height, width, 3), band.dtype)
-                tiling.place(strip, outputs, batch, rows=row, scale=self.scale)
+                if out is None:
+                    out = np.empty((len(band), height, width, 3), band.dtype)
+                tiling.place(out, outputs, batch, rows=row, scale=self.scale)
             first += len(batch)
-        assert strip is not None
-        return strip
+        assert out is not None
+        return out
+
+    def _strip_of_band(self, band: np.ndarray, row: tiling.Span, plan: tiling.Plan, meter: Meter) -> np.ndarray:
+        """Run one row of windows of a picture that comes in bands: (h, W, 3) -> (1, kept*scale, W*scale, 3)."""
+        try:
+            self._expect(self._backend_for(band), plan, runs=plan.count)
+            return self._strip(band[None], row, plan, meter)
+        except OutOfMemory:  # the rows before are given away: this one is cut anew, inside its context
+            if not self._shrink_windows(plan, meter):
+                raise
+            height, width = min(row.keep_stop, plan.size[0]) - row.keep_start, plan.size[1]
+            top = (row.keep_start - row.start) * self.scale
+            return self._enlarge(band[None], None, meter)[:, top : top + height * self.scale, : width * self.scale]
 
     def _checked_run(self, backend: Backend, inputs: np.ndarray) -> np.ndarray:
         outputs = backend.run(inputs)
@@ -417,8 +451,17 @@ class Upscaler:
                 f"{backend.name} returned {outputs.dtype} {outputs.shape}, expected {inputs.dtype} {expected}"
             )
         if outputs.dtype == np.float32 and not np.isfinite(outputs).all():
-            raise BackendError(f"{backend.name} {backend.precision} produced NaN or infinite values: use fp32")
+            raise BackendError(
+                f"stage {self._stage.name!r} on {backend.name} {backend.precision} produced NaN or infinite values; "
+                "use precision='fp32' or another stage"
+            )
         return outputs
+
+    def _expect(self, backend: Backend, plan: tiling.Plan, *, runs: int) -> None:
+        backend.expect((min(self._batch, len(plan.columns)), *plan.window, 3), runs=runs)
+
+    def _backend_for(self, image: np.ndarray) -> Backend:
+        return self._backend("uint8" if image.dtype == np.uint8 else "float32")
 
     def _backend(self, ends: str) -> Backend:
         """Give the engine for 8-bit or float pictures; the latter is opened when first needed, always in fp32."""
@@ -435,6 +478,15 @@ class Upscaler:
                 request = Request(self._bundle.folder, self._stage, ends, main.device, "fp32")
                 self._backends[ends] = open_backend(main.name, request)
             return self._backends[ends]
+
+
+@contextmanager
+def _memory_errors(shape: tuple[int, ...]) -> Iterator[None]:
+    """Turn NumPy's and Python's lack of memory into an error of ours."""
+    try:
+        yield
+    except MemoryError as exc:
+        raise OutOfMemory(f"the enlargement of a picture of shape {shape} does not fit into memory") from exc
 
 
 def _channels(image: np.ndarray) -> int | None:

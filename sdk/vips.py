@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,11 @@ def import_vips(what: str) -> Any:
     except (ImportError, OSError) as exc:  # OSError: pyvips without a libvips that it can load
         raise BackendUnavailable(f"{what} needs libvips: pip install 'sr-sdk[large]'") from exc
     return pyvips
+
+
+def is_installed() -> bool:
+    """Tell whether pyvips is there, without loading it."""
+    return importlib.util.find_spec("pyvips") is not None
 
 
 def read(path: Path, kind: str, *, max_pixels: int | None) -> np.ndarray:

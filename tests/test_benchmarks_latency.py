@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -66,8 +67,9 @@ def test_rows_hold_throughput_and_ratios():
         BASELINE: Timing(2, 2, 2, 2),
         REFERENCE: Timing(40, 50, 30, 60),
         OPENVINO: Timing(10, 11, 9, 12),
+        latency.EAGER: Timing(80, 80, 80, 80),
     }
-    rows = latency.make_rows(timings, dict.fromkeys(timings, 100.04), size=(250, 500), scale=2)
+    rows = latency.make_rows(timings, dict.fromkeys(timings, 100.04), {OPENVINO: 52.567}, size=(250, 500), scale=2)
     assert rows[2] == {
         "size": [250, 500],
         "contestant": "openvino fp32",
@@ -81,6 +83,8 @@ def test_rows_hold_throughput_and_ratios():
         "output_mp_per_s": 50,
         "times_bilinear": 5,
         "speedup_over_onnxruntime_fp32": 4,
+        "speedup_over_pytorch_fp32": 8,
+        "psnr_to_onnxruntime_fp32_db": 52.57,
         "peak_memory_mib": 100.0,
     }
     assert rows[1]["speedup_over_onnxruntime_fp32"] == rows[0]["times_bilinear"] == 1
@@ -88,8 +92,9 @@ def test_rows_hold_throughput_and_ratios():
 
 def test_rows_without_the_reference_have_no_speedup():
     timings = {BASELINE: Timing(2, 2, 2, 2), OPENVINO: Timing(10, 11, 9, 12)}
-    rows = latency.make_rows(timings, dict.fromkeys(timings, 1.0), size=(16, 16), scale=2)
-    assert [row["speedup_over_onnxruntime_fp32"] for row in rows] == [None, None]
+    rows = latency.make_rows(timings, dict.fromkeys(timings, 1.0), {}, size=(16, 16), scale=2)
+    for key in ("speedup_over_onnxruntime_fp32", "speedup_over_pytorch_fp32", "psnr_to_onnxruntime_fp32_db"):
+        assert [row[key] for row in rows] == [None, None]
 
 
 def test_contestants_have_distinct_names():
@@ -100,11 +105,22 @@ def test_contestants_have_distinct_names():
 
 def test_turns_are_interleaved():
     calls = []
-    runners = {contestant: lambda lr, name=contestant.name: calls.append(name) for contestant in (BASELINE, REFERENCE)}
-    samples = latency.take_turns(runners, draw_picture((16, 16)), repeats=3, pause_s=0)
+    runners = {contestant: partial(calls.append, contestant.name) for contestant in (BASELINE, REFERENCE)}
+    samples = latency.take_turns(runners, repeats=3, pause_s=0)
     warm_up = ["bilinear"] * latency.WARM_UPS + ["onnxruntime fp32"] * latency.WARM_UPS
     assert calls == warm_up + (["bilinear"] * 2 + ["onnxruntime fp32"] * 2) * 3
     assert [len(times_ms) for times_ms in samples.values()] == [3, 3]
+
+
+def test_results_are_compared_with_the_reference():
+    def runner(value):
+        return lambda lr: np.full_like(lr, value)
+
+    runners = {BASELINE: runner(0), REFERENCE: runner(10), OPENVINO: runner(15), latency.EAGER: runner(200)}
+    found = latency.compare_results(runners, draw_picture((16, 16)))
+    assert found == {OPENVINO: pytest.approx(10 * np.log10(255**2 / 25), abs=1e-9)}
+    del runners[REFERENCE]
+    assert latency.compare_results(runners, draw_picture((16, 16))) == {}
 
 
 def test_drawn_picture_is_seeded_and_detailed():
@@ -245,6 +261,14 @@ def test_torch_network_enlarges_any_size(precision):
     flat = np.full((37, 50, 3), 130, np.uint8)
     # An untrained fast U-Net interpolates: a flat picture stays flat.
     assert np.array_equal(upscale(flat), np.full((74, 100, 3), 130, np.uint8))
+
+
+def test_torch_network_with_batch_norm_is_folded():
+    pytest.importorskip("torch")
+    bundle = network_bundle()
+    bundle.manifest.training["recipe"]["model"] = {"name": "perceptual-unet", "scales": [2]}
+    upscale = torch_eager.open_network(bundle, run=None, device="cpu", precision="fp32")
+    assert upscale(np.full((16, 24, 3), 130, np.uint8)).shape == (32, 48, 3)
 
 
 def test_torch_network_takes_the_weights_of_a_run(tmp_path):

@@ -108,11 +108,16 @@ def test_engines_agree_with_each_other() -> None:
 
 def test_eight_threads_get_what_one_gets(engine: str) -> None:
     backend = open_backend(engine, request())
-    # More shapes than OpenVINO keeps: compiled models are dropped while others run them.
-    batches = [noise((1, 8 + 8 * (n % 5), 16, 3)) for n in range(25)]
+    # More shapes, all often, than OpenVINO keeps: compiled models are dropped while others run them.
+    batches = [noise((1, 8 + 8 * (n % 5), 16, 3)) for n in range(50)]
     expected = [backend.run(batch) for batch in batches]
+
+    def run(batch: np.ndarray) -> np.ndarray:
+        backend.expect(batch.shape, runs=1000)
+        return backend.run(batch)
+
     with ThreadPoolExecutor(8) as pool:
-        results = list(pool.map(backend.run, batches))
+        results = list(pool.map(run, batches))
     for result, one in zip(results, expected, strict=True):
         np.testing.assert_array_equal(result, one)
     backend.close()
@@ -176,7 +181,9 @@ def test_out_of_memory_is_told_apart(engine: str, monkeypatch: pytest.MonkeyPatc
     if engine == "onnxruntime":
         monkeypatch.setattr(backend, "_session", types.SimpleNamespace(run=fail))
     else:
-        monkeypatch.setattr(backend, "_compiled", fail)
+        monkeypatch.setattr(backend, "_compile", fail)
+        with pytest.raises(OutOfMemory, match="out of memory"):
+            backend.expect((1, 8, 8, 3), runs=1000)
     with pytest.raises(OutOfMemory, match="out of memory"):
         backend.run(noise((1, 8, 8, 3)))
 
@@ -188,7 +195,7 @@ def test_other_failures_are_told_in_one_line(engine: str, monkeypatch: pytest.Mo
         raise RuntimeError("broken\nin several\n  lines")
 
     monkeypatch.setattr(backend, "_session", types.SimpleNamespace(run=fail), raising=False)
-    monkeypatch.setattr(backend, "_compiled", fail, raising=False)
+    monkeypatch.setattr(backend, "_compile", fail, raising=False)
     with pytest.raises(BackendError, match="broken in several lines") as caught:
         backend.run(noise((1, 8, 8, 3)))
     assert not isinstance(caught.value, OutOfMemory)
@@ -350,15 +357,65 @@ def test_openvino_bounds_its_cache(engine_cache: Path, monkeypatch: pytest.Monke
     from sdk.backends import openvino as module
 
     backend = open_backend("openvino", request("blur"))
-    backend.run(noise((1, 8, 8, 3)))
+    backend.expect((1, 8, 8, 3), runs=1000)
     (first,) = engine_cache.rglob("*.blob")
     monkeypatch.setattr(module, "CACHE_BYTES", int(first.stat().st_size * 2.5))
     os.utime(first, (0, 0))
     for width in (9, 10):
-        backend.run(noise((1, 8, width, 3)))
+        backend.expect((1, 8, width, 3), runs=1000)
     assert len(list(engine_cache.rglob("*.blob"))) == 2 and not first.exists()
     assert backend.run(noise((1, 8, 8, 3))).shape == (1, 16, 16, 3)
     backend.close()
+
+
+def test_openvino_compiles_for_what_comes_often_and_keeps_few() -> None:
+    pytest.importorskip("openvino")
+    from sdk.backends import openvino as module
+
+    backend = open_backend("openvino", request("blur"))
+    for width in range(8, 40):  # 32 sizes, each once
+        backend.run(noise((1, 8, width, 3)))
+    assert not backend._shapes
+    for _ in range(module.OFTEN):
+        assert (1, 9, 9, 3) not in backend._shapes
+        backend.run(noise((1, 9, 9, 3)))
+    assert list(backend._shapes) == [(1, 9, 9, 3)]
+    backend.expect((1, 10, 10, 3), runs=module.OFTEN - 1)
+    assert len(backend._shapes) == 1
+    for side in range(11, 20):
+        backend.expect((1, side, side, 3), runs=module.OFTEN)
+        backend.run(noise((1, 9, 9, 3)))  # the one used last is dropped last
+    assert len(backend._shapes) == module.KEPT_SHAPES and (1, 9, 9, 3) in backend._shapes
+    backend.close()
+
+
+def test_openvino_keeps_nothing_for_sizes_that_may_never_come_again() -> None:
+    """Its own cache of prepared operations grows with every size; test_sdk_stress.py measures the memory."""
+    pytest.importorskip("openvino")
+    backend = open_backend("openvino", request("blur"))
+    assert int(backend._config["CPU_RUNTIME_CACHE_CAPACITY"]) <= 16
+    backend.close()
+
+
+def test_onnxruntime_keeps_no_plan_of_memory_for_each_size() -> None:
+    pytest.importorskip("onnxruntime")
+    backend = open_backend("onnxruntime", request())
+    assert not backend._session.get_session_options().enable_mem_pattern
+    backend.close()
+
+
+@pytest.mark.parametrize("ends", sorted(ENDS))
+def test_what_is_expected_runs_as_what_is_not(engine: str, ends: str) -> None:
+    backend, ready = open_backend(engine, request(ends=ends)), open_backend(engine, request(ends=ends))
+    for shape in ((1, 16, 24, 3), (3, 24, 8, 3)):
+        batch = noise(shape, ends)
+        for runs in (1, 2, 1000):
+            ready.expect(shape, runs=runs)
+        np.testing.assert_array_equal(backend.run(batch), ready.run(batch))
+        backend.expect(shape, runs=1000)
+        np.testing.assert_array_equal(backend.run(batch), ready.run(batch))
+    backend.close()
+    ready.close()
 
 
 def test_openvino_survives_damaged_compiled_models(engine_cache: Path) -> None:

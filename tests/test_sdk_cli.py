@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
-from sdk import Upscaler, files
+from sdk import Upscaler, files, large, vips
 from sdk.cli import main
 
 pytest.importorskip("onnxruntime")
@@ -263,6 +263,25 @@ def test_animations_stay_animated() -> None:
     with Image.open("b.webp") as result:
         assert result.n_frames == 3 and result.size == (16, 12)
     assert "holds no animation" in run("a.gif", "-o", "b.jpg", code=1).output
+
+
+def test_large_pictures_are_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same result, band by band: an upscaler that holds whole pictures is not asked."""
+    Image.fromarray(photo(60, 40)).save("a.png")
+    run("a.png", "-o", "whole.tif", kind="unet")
+    monkeypatch.setattr(large, "LARGE_BYTES", 0)
+    monkeypatch.setattr(Upscaler, "upscale_metered", lambda *_, **__: pytest.fail("held in memory"))
+    run("a.png", "-o", "bands.tif", kind="unet")
+    whole, streamed = (files.read(Path(name))[0] for name in ("whole.tif", "bands.tif"))
+    np.testing.assert_array_equal(streamed, whole)
+
+
+def test_large_pictures_without_libvips_are_done_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    save("a.png")
+    monkeypatch.setattr(large, "LARGE_BYTES", 0)
+    monkeypatch.setattr(vips, "is_installed", lambda: False)
+    run("a.png", "-o", "b.png")
+    assert files.read(Path("b.png"))[0].shape == (16, 20, 3)
 
 
 def test_videos_and_pictures_together() -> None:

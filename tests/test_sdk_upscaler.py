@@ -50,6 +50,9 @@ class FakeBackend:
         self.failures(batch.shape)
         return batch.repeat(2, axis=1).repeat(2, axis=2)
 
+    def expect(self, shape: tuple[int, ...], *, runs: int) -> None:
+        pass
+
     def close(self) -> None:
         pass
 

@@ -57,6 +57,10 @@ class Backend(Protocol):
         """
         ...
 
+    def expect(self, shape: tuple[int, ...], *, runs: int) -> None:
+        """Make ready for batches of one shape that come `runs` times. Raises: as run."""
+        ...
+
     def close(self) -> None:
         """Free the engine; later calls of run fail."""
         ...

@@ -8,6 +8,7 @@ import numpy as np
 
 from ..errors import BackendError, BackendUnavailable, OutOfMemory
 from . import Request, thread_count
+from .forking import spared
 
 # ONNX Runtime has no exception type for it; these are the words of its allocators.
 OUT_OF_MEMORY = ("Failed to allocate memory", "bad_alloc", "out of memory", "CUDA failure 2")
@@ -60,7 +61,7 @@ class OnnxRuntimeBackend:
         options.enable_mem_pattern = False  # twice the memory, and a plan kept for every size of picture
         options.log_severity_level = 4  # errors arrive as exceptions; a fallback is checked for below
         try:
-            self._session: Any = onnxruntime.InferenceSession(graph, options, providers=[provider])
+            self._session: Any = spared(onnxruntime.InferenceSession(graph, options, providers=[provider]))
         except Exception as exc:  # ONNX Runtime raises its own classes straight below Exception
             raise _translate(exc, f"{graph} cannot be loaded") from exc
         wanted = provider if isinstance(provider, str) else provider[0]
@@ -81,6 +82,9 @@ class OnnxRuntimeBackend:
         except Exception as exc:
             raise _translate(exc, f"a batch of shape {batch.shape} failed") from exc
         return np.asarray(output)
+
+    def expect(self, shape: tuple[int, ...], *, runs: int) -> None:
+        """See Backend.expect: one session runs every shape alike."""
 
     def close(self) -> None:
         """See Backend.close."""

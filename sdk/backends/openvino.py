@@ -8,7 +8,8 @@ import logging
 import os
 import queue
 import threading
-from collections import OrderedDict
+from collections import OrderedDict, deque
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,12 @@ import numpy as np
 
 from ..errors import BackendError, BackendUnavailable, OutOfMemory
 from . import Request, thread_count
+from .forking import spared
 
 LOG = logging.getLogger(__name__)
 MIN_BF16_PSNR_DB = 45.0
-KEPT_PIXELS = 2 << 20  # of the window shapes that stay compiled: each holds some 200 bytes a pixel
-MAX_SEEN = 1000  # window shapes that are remembered as seen once
+RECENT, OFTEN = 16, 4  # a batch shape that came OFTEN times among the RECENT ones is compiled for
+KEPT_SHAPES = 3  # that stay compiled: each holds some 13 MB, and the buffers of its requests
 CACHE_BYTES = 512 << 20  # of compiled models on disk
 HINTS = {"fp32": "f32", "bf16": "bf16"}
 
@@ -80,14 +82,14 @@ def _core(openvino: Any) -> Any:
     Each Core puts a signal stack in place and restores the one before when it goes; with several of them that one
     may be gone too, and the next signal would end the process.
     """
-    return openvino.Core()
+    return spared(openvino.Core())
 
 
 class OpenVinoBackend:
-    """Runs any shape at once, and compiles the graph for a shape that comes again.
+    """Runs any shape at once, and compiles the graph for shapes that come often (tiles, video frames).
 
-    A static shape runs up to a quarter faster, and compiling it takes as long as that saves in one to three runs.
-    The pixels are the same both ways.
+    A static shape runs up to a quarter faster, and compiling it takes as long as that saves in some three runs. The
+    pixels are the same both ways.
     """
 
     name = "openvino"
@@ -101,8 +103,10 @@ class OpenVinoBackend:
         self._config: dict[str, Any] = {"INFERENCE_PRECISION_HINT": HINTS[precision], "PERFORMANCE_HINT": "LATENCY"}
         if threads := thread_count():
             self._config["INFERENCE_NUM_THREADS"] = threads
+        # Without a limit it would keep what it prepares for every shape that ever comes.
+        self._config["CPU_RUNTIME_CACHE_CAPACITY"] = 0
         self._any_shape: _Requests | None = None
-        self._seen: OrderedDict[tuple[int, ...], None] = OrderedDict()
+        self._recent: deque[tuple[int, ...]] = deque(maxlen=RECENT)
         self._shapes: OrderedDict[tuple[int, ...], _Requests] = OrderedDict()
         self._lock = threading.Lock()
         self._closed = False
@@ -117,13 +121,14 @@ class OpenVinoBackend:
 
     def run(self, batch: np.ndarray) -> np.ndarray:
         """See Backend.run."""
-        try:
-            return self._compiled(batch.shape).run(np.ascontiguousarray(batch))
-        except (RuntimeError, MemoryError) as exc:
-            text = " ".join(str(exc).split())
-            if isinstance(exc, MemoryError) or "bad_alloc" in text or "allocate" in text.lower():
-                raise OutOfMemory(f"openvino: a batch of shape {batch.shape}: out of memory") from exc
-            raise BackendError(f"openvino: a batch of shape {batch.shape} failed: {text}") from exc
+        with _told(batch.shape):
+            return self._requests(batch.shape).run(np.ascontiguousarray(batch))
+
+    def expect(self, shape: tuple[int, ...], *, runs: int) -> None:
+        """See Backend.expect: compiles for the shape if that pays."""
+        if runs >= OFTEN:
+            with _told(shape), self._lock:
+                self._compiled(shape)
 
     def close(self) -> None:
         """See Backend.close."""
@@ -132,24 +137,30 @@ class OpenVinoBackend:
             self._any_shape = None
             self._shapes.clear()
 
-    def _compiled(self, shape: tuple[int, ...]) -> _Requests:
+    def _requests(self, shape: tuple[int, ...]) -> _Requests:
+        """Choose what runs a batch: the graph compiled for its shape, or the one for any."""
         with self._lock:
-            if self._closed:
-                raise BackendError("this backend is closed")
-            if shape in self._shapes:
-                self._shapes.move_to_end(shape)
-                return self._shapes[shape]
-            if shape not in self._seen:
-                self._seen[shape] = None
-                while len(self._seen) > MAX_SEEN:
-                    self._seen.popitem(last=False)
-                if self._any_shape is None:
-                    self._any_shape = self._compile(None)
-                return self._any_shape
-            self._shapes[shape] = self._compile(shape)
-            while len(self._shapes) > 1 and sum(n * h * w for n, h, w, _ in self._shapes) > KEPT_PIXELS:
+            self._recent.append(shape)
+            if shape in self._shapes or self._recent.count(shape) >= OFTEN:
+                return self._compiled(shape)
+            self._refuse_if_closed()
+            self._any_shape = self._any_shape or self._compile(None)
+            return self._any_shape
+
+    def _compiled(self, shape: tuple[int, ...]) -> _Requests:
+        """Give the graph compiled for a shape, under the lock."""
+        self._refuse_if_closed()
+        if shape not in self._shapes:
+            self._any_shape = None  # what it holds is as large as what comes now
+            while len(self._shapes) >= KEPT_SHAPES:
                 self._shapes.popitem(last=False)
-            return self._shapes[shape]
+            self._shapes[shape] = self._compile(shape)
+        self._shapes.move_to_end(shape)
+        return self._shapes[shape]
+
+    def _refuse_if_closed(self) -> None:
+        if self._closed:
+            raise BackendError("this backend is closed")
 
     def _compile(self, shape: tuple[int, ...] | None) -> _Requests:
         model = self._core.read_model(self._graph)
@@ -161,18 +172,30 @@ class OpenVinoBackend:
         return compiled
 
 
+@contextlib.contextmanager
+def _told(shape: tuple[int, ...]) -> Iterator[None]:
+    """Turn what OpenVINO raises into an error of ours."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as exc:
+        text = " ".join(str(exc).split())
+        if isinstance(exc, MemoryError) or "bad_alloc" in text or "allocate" in text.lower():
+            raise OutOfMemory(f"openvino: a batch of shape {shape}: out of memory") from exc
+        raise BackendError(f"openvino: a batch of shape {shape} failed: {text}") from exc
+
+
 class _Requests:
     """A compiled model with a pool of infer requests, so that threads never share one."""
 
     def __init__(self, compiled: Any):
-        self._compiled = compiled
+        self._compiled = spared(compiled)
         self._idle: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
     def run(self, batch: np.ndarray) -> np.ndarray:
         try:
             request = self._idle.get_nowait()
         except queue.Empty:
-            request = self._compiled.create_infer_request()
+            request = spared(self._compiled.create_infer_request())
         # share_inputs spares a copy; the output is copied, because the request's buffer is used again.
         request.infer([batch], share_inputs=True)
         output = np.array(request.get_output_tensor().data)

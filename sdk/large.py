@@ -1,0 +1,338 @@
+"""Pictures larger than memory: libvips decodes and encodes band by band, the Upscaler works on what is between.
+
+Memory holds two rows of windows of the result. An interlaced PNG or progressive JPEG is decoded whole, by its nature;
+a picture that has to be turned goes through a nameless file beside the target, uncompressed.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import struct
+import tempfile
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import numpy as np
+from PIL import Image
+
+from . import files, opening, pixels, png, resize, tiff, vips
+from .errors import ImageError, OptionError, OutputError, SRError
+from .opening import Metadata
+
+if TYPE_CHECKING:
+    from .jobs import Options
+    from .upscaler import Upscaler
+
+LOG = logging.getLogger(__name__)
+LARGE_BYTES = 512 << 20  # of a result; up to here, holding it is faster
+BAND_BYTES = 2 << 20  # decoded at once
+BIG_TIFF_BYTES = 15 << 28  # uncompressed; a TIFF that might pass 4 GiB is a BigTIFF
+LONG8 = 16  # TIFF's 64-bit number
+# Pillow's format -> libvips' loader and saver, of those that need not hold the picture.
+LOADERS = {"PNG": "pngload_source", "JPEG": "jpegload_source", "MPO": "jpegload_source", "TIFF": "tiffload_source"}
+SAVERS = {"PNG": "pngsave_target", "JPEG": "jpegsave_target", "TIFF": "tiffsave_target"}
+# Pillow's mode -> channels, of what libvips decodes to the same values.
+CHANNELS = {"1": 1, "L": 1, "LA": 2, "RGB": 3, "RGBA": 4, "I;16": 1, "I;16B": 1}
+FORMATS = {"uchar": np.dtype(np.uint8), "ushort": np.dtype(np.uint16)}  # libvips' pixels -> ours
+SUBSAMPLE = {"4:4:4": "off", "4:2:0": "on"}
+
+
+@dataclass(frozen=True)
+class Header:
+    """What is known of a source before it is decoded.
+
+    kind: Pillow's name of the format. size: (height, width) of the picture as it is seen, its orientation applied.
+    notes: what the user should know.
+    """
+
+    kind: str
+    size: tuple[int, int]
+    channels: int
+    dtype: np.dtype
+    orientation: int
+    metadata: Metadata
+    notes: tuple[str, ...] = ()
+
+    @property
+    def bytes(self) -> int:
+        """Of the picture, decoded."""
+        return self.size[0] * self.size[1] * self.channels * self.dtype.itemsize
+
+
+def is_large(source: Path, target: Path, *, scale: int) -> bool:
+    """Tell whether a file is better streamed: a result beyond LARGE_BYTES, in formats that can be.
+
+    No for what is not a picture, is animated, or is stored in a way that only `files.read` knows (CMYK and the like).
+    """
+    if files.FORMATS.get(target.suffix.lower()) not in SAVERS:
+        return False
+    try:
+        header = _read_header(source, max_pixels=None)
+    except SRError:
+        return False
+    return header.bytes * scale**2 > LARGE_BYTES
+
+
+def enlarge(upscaler: Upscaler, source: Path, target: Path, options: Options) -> None:
+    """Enlarge one file by the model's scale, band by band; metadata and orientation as `files` does.
+
+    Raises: ImageError if the source is damaged or of a kind that is not streamed; OutputError; OptionError for another
+    factor or size, or JPEG in 4:2:2; BackendUnavailable without pyvips; BackendError. No partial file stays.
+    """
+    files.check_quality(options.quality)
+    files.check_subsampling(options.subsampling)
+    files.check_output(target, overwrite=options.overwrite)
+    kind = files.FORMATS[target.suffix.lower()]
+    if kind not in SAVERS:
+        raise OutputError(f"{target}: {kind} cannot be written in bands; write {', '.join(SAVERS)}")
+    if kind == "JPEG" and options.subsampling not in SUBSAMPLE:
+        raise OptionError(f"subsampling {options.subsampling!r}: of pictures this large, one of {', '.join(SUBSAMPLE)}")
+    header = _read_header(source, max_pixels=options.max_pixels)
+    for note in header.notes:
+        LOG.warning("%s: %s", source, note)
+    result = replace(header, size=(header.size[0] * upscaler.scale, header.size[1] * upscaler.scale))
+    wanted = resize.target_size(header.size, scale=upscaler.scale, factor=options.factor, size_wanted=options.size)
+    if wanted != result.size:
+        raise OptionError(
+            f"{source}: a picture this large becomes {upscaler.scale} times as large, {result.size} and not {wanted}; "
+            "leave out factor and size"
+        )
+    files.check_format(target, np.broadcast_to(header.dtype.type(0), (*result.size, result.channels)), scale=1)
+    pyvips = vips.import_vips(f"{source}: a picture of {header.size[1]} x {header.size[0]} pixels")
+    rows = _turn(_decode(pyvips, source, header), header, target.parent)
+    bands = upscaler.upscale_bands(rows, header.size, options.tile)
+    kept = pyvips.cache_get_max()
+    try:
+        with files.new_file(target, overwrite=options.overwrite) as stream:
+            _encode(pyvips, stream, bands, result, kind, options)
+    finally:  # libvips remembers operations, and with them the rows that they hold
+        pyvips.cache_set_max(0)
+        pyvips.cache_set_max(kept)
+
+
+def _read_header(path: Path, *, max_pixels: int | None) -> Header:
+    """Read what stands before the pixels. Raises: ImageError if the picture is not one that can be streamed."""
+    with opening.told(path), opening.opened(path, max_pixels=max_pixels) as image:
+        kind, depth = str(image.format), opening.depth(image)
+        moving = kind == "PNG" and getattr(image, "n_frames", 1) > 1
+        # TIFF: a palette may become grey, and colour multiplied with alpha stays so.
+        layouts = str([arguments for _, _, _, arguments in image.tile])
+        odd = "transparency" in image.info or "RGBa" in layouts or (image.mode == "I" and kind != "PNG")
+        channels = CHANNELS.get(image.mode)
+        if kind == "PNG" and image.mode in ("P", "I"):
+            odd, channels = False, 1 if image.mode == "I" else 4 if "transparency" in image.info else 3
+        if "LA;16B" in layouts:  # which Pillow makes RGBA of
+            channels = 2
+        if kind not in LOADERS or moving or odd or channels is None or depth not in (8, 16):
+            raise ImageError(
+                f"{kind} {image.mode} of {depth} bits cannot be read in bands; convert it to grey or RGB in 8 or 16 "
+                "bits, as PNG, JPEG or TIFF"
+            )
+        notes = []
+        if kind in ("TIFF", "MPO") and image.n_frames > 1:
+            notes.append(f"{image.n_frames} frames, only the first is read")
+        if image.info.get("interlace") or image.info.get("progressive"):
+            notes.append("is interlaced or progressive and is decoded whole: this takes memory")
+        exif = _read_exif(path, image)
+        orientation = exif.get(opening.ORIENTATION)
+        # Newer Pillows give the size of a TIFF as it will be turned.
+        width, height = (image.tag_v2[256], image.tag_v2[257]) if kind == "TIFF" else image.size
+        profile = image.info.get("icc_profile")
+        if profile and not pixels.fits_profile(profile, "RGB" if channels >= 3 else "L"):
+            notes.append("the ICC profile is not of the result's colour space and is dropped")
+            profile = None
+        return Header(
+            kind,
+            size=(width, height) if orientation in opening.SWAPPED else (height, width),
+            channels=channels,
+            dtype=np.dtype(np.uint16 if depth == 16 else np.uint8),
+            orientation=orientation if isinstance(orientation, int) and 1 <= orientation <= 8 else 1,
+            metadata=Metadata(profile or None, opening.pack_exif(exif, tiff=kind == "TIFF")),
+            notes=tuple(notes),
+        )
+
+
+def _read_exif(path: Path, image: Any) -> Image.Exif:
+    """Read EXIF without decoding: of a PNG that has none before its pixels, Pillow would."""
+    if image.format == "PNG" and "exif" not in image.info:
+        with open(path, "rb") as stream:
+            stream.seek(len(png.SIGNATURE))
+            while len(head := stream.read(8)) == 8 and head[4:] != b"eXIf":
+                stream.seek(int.from_bytes(head[:4], "big") + 4, os.SEEK_CUR)
+            if len(head) == 8:
+                image.info["exif"] = b"Exif\0\0" + stream.read(int.from_bytes(head[:4], "big"))
+    return Image.Image.getexif(image)
+
+
+def _decode(pyvips: Any, path: Path, header: Header) -> Iterator[np.ndarray]:
+    """Give (rows, W, C) bands from top to bottom of the picture as it is stored."""
+    height, width = header.size[::-1] if header.orientation in opening.SWAPPED else header.size
+    rows = _band_rows(width, header)
+    with _told(pyvips, path):
+        source = pyvips.Source.new_from_file(os.fsencode(path))
+        image = getattr(pyvips.Image, LOADERS[header.kind])(source, fail_on="error", access="sequential")
+        found = image.height, image.width, FORMATS.get(image.format)
+        if found != (height, width, header.dtype) or image.bands < header.channels:
+            raise ImageError(f"libvips reads {image}, {(height, width)} of {header.dtype} were expected; convert it")
+        region = pyvips.Region.new(image)
+    for top in range(0, height, rows):
+        with _told(pyvips, path):
+            data = region.fetch(0, top, width, min(rows, height - top))
+        band = np.frombuffer(data, header.dtype).reshape(-1, width, image.bands)
+        yield band[:, :, : header.channels]  # without samples that nobody knows the meaning of
+
+
+def _turn(bands: Iterator[np.ndarray], header: Header, folder: Path) -> Iterator[np.ndarray]:
+    """Apply an orientation to bands; where it changes the order of rows, through a temporary file in a folder."""
+    parts = (opening.turn(band, header.orientation) for band in bands)
+    if header.orientation <= 2:  # a mirror image comes row by row too
+        yield from parts
+        return
+    with tempfile.TemporaryFile(dir=folder) as store:
+        places = []
+        for part in parts:
+            places.append((store.tell(), part.shape))
+            store.write(part.data)
+        if header.orientation in (3, 4, 6, 7):
+            places.reverse()
+
+        def read(offset: int, shape: tuple[int, ...], top: int, bottom: int) -> np.ndarray:
+            row_bytes = shape[1] * shape[2] * header.dtype.itemsize
+            store.seek(offset + top * row_bytes)
+            data = store.read((min(bottom, shape[0]) - top) * row_bytes)
+            return np.frombuffer(data, header.dtype).reshape(-1, *shape[1:])
+
+        if header.orientation not in opening.SWAPPED:
+            for offset, shape in places:
+                yield read(offset, shape, 0, shape[0])
+            return
+        rows = _band_rows(header.size[1], header)
+        for top in range(0, header.size[0], rows):  # rows become columns, so bands stand side by side
+            yield np.concatenate([read(offset, shape, top, top + rows) for offset, shape in places], axis=1)
+
+
+def _band_rows(width: int, header: Header) -> int:
+    return max(1, BAND_BYTES // (width * header.channels * header.dtype.itemsize))
+
+
+@contextmanager
+def _told(pyvips: Any, path: Path) -> Iterator[None]:
+    with opening.told(path):
+        try:
+            yield
+        except pyvips.Error as exc:
+            raise ImageError(f"damaged picture ({opening.one_line(exc)})") from exc
+
+
+def _write_png(stream: BinaryIO, bands: Iterator[np.ndarray], result: Header) -> None:
+    """Write an uncompressed PNG, the one format that libvips' wheel takes from a pipe without holding it."""
+    (height, width), depth = result.size, 8 * result.dtype.itemsize
+    stream.write(png.SIGNATURE)
+    kinds = (depth, png.COLOUR_TYPES[result.channels], 0, 0, 0)
+    png.write_chunk(stream, b"IHDR", struct.pack(">IIBBBBB", width, height, *kinds))
+    if result.metadata.exif:
+        png.write_chunk(stream, b"eXIf", result.metadata.exif.removeprefix(b"Exif\0\0"))
+    stored, data = zlib.compressobj(0), b""
+    rows = _band_rows(width, result)
+    for band in bands:
+        for top in range(0, len(band), rows):
+            # The reader leaves after the last pixel: it shall not have that before the bands have come to their end.
+            png.write_chunk(stream, b"IDAT", data)
+            part = band[top : top + rows].astype(result.dtype.newbyteorder(">"), order="C")
+            lines = np.zeros((len(part), 1 + part[0].nbytes), np.uint8)  # 0: no filter
+            lines[:, 1:] = part.view(np.uint8).reshape(len(part), -1)
+            data = stored.compress(lines.data)
+    png.write_chunk(stream, b"IDAT", data + stored.flush())
+    png.write_chunk(stream, b"IEND", b"")
+
+
+def _encode(
+    pyvips: Any, stream: BinaryIO, bands: Iterator[np.ndarray], result: Header, kind: str, options: Options
+) -> None:
+    """Write bands as they come; a thread encodes, so that this one can compute, and be interrupted."""
+    encoded, feed = os.pipe()
+    with ThreadPoolExecutor(1, "sr-encode") as pool:
+        saved = pool.submit(_save, pyvips, encoded, stream, result, kind, options)
+        with suppress(BrokenPipeError), open(feed, "wb") as pipe:  # broken: the thread knows why
+            _write_png(pipe, bands, result)
+        saved.result()
+
+
+def _save(pyvips: Any, encoded: int, stream: BinaryIO, result: Header, kind: str, options: Options) -> None:
+    """Encode the PNG that comes out of a pipe, and close that."""
+    failed: list[Exception] = []
+
+    def guarded(call: Any) -> Any:
+        def run(*arguments: Any) -> Any:
+            try:
+                return call(*arguments)
+            except Exception as exc:  # libvips cannot pass it on
+                failed.append(exc)
+                return -1
+
+        return run
+
+    saver_options: dict[str, dict[str, Any]] = {
+        "PNG": {"compression": 6, "filter": "up"},
+        "JPEG": {"Q": options.quality, "subsample_mode": SUBSAMPLE.get(options.subsampling)},
+        "TIFF": {
+            "compression": "deflate", "predictor": "horizontal", "bigtiff": result.bytes > BIG_TIFF_BYTES,
+            "tile": True, "tile_width": tiff.TILE, "tile_height": tiff.TILE,
+        },
+    }  # fmt: skip
+    try:
+        source, target = pyvips.SourceCustom(), pyvips.TargetCustom()
+        source.on_read(lambda count: os.read(encoded, count))
+        target.on_write(guarded(stream.write))
+        target.on_seek(guarded(stream.seek))
+        image = pyvips.Image.pngload_source(source, fail_on="error", access="sequential").copy()
+        image.set_type(pyvips.GValue.gint_type, "concurrency", 1)  # buffers grow with threads, and encoders use one
+        if result.metadata.icc_profile:
+            image.set_type(pyvips.GValue.blob_type, "icc-profile-data", result.metadata.icc_profile)
+        getattr(image, SAVERS[kind])(target, **saver_options[kind])
+    except pyvips.Error as exc:
+        if failed:
+            raise failed[0] from exc
+        raise
+    finally:
+        os.close(encoded)
+    if kind == "TIFF" and result.metadata.exif:
+        stream.flush()
+        _add_exif(Path(stream.name), result.metadata.exif)
+
+
+def _add_exif(path: Path, block: bytes) -> None:
+    """Give a TIFF of one directory a new one at its end, with EXIF, which libvips does not write."""
+    from PIL.TiffImagePlugin import ImageFileDirectory_v2
+
+    with open(path, "r+b") as stream:
+        head = stream.read(8)
+        big = head[2] == 43
+        head += stream.read(8) if big else b""
+        old, new, exif = ImageFileDirectory_v2(head), ImageFileDirectory_v2(head), Image.Exif()
+        stream.seek(old.next)
+        old.load(stream)
+        exif.load(block)
+        for tag in exif:
+            new[tag] = exif.get_ifd(tag) if tag in tiff.SUB_TABLES else exif[tag]
+            if tag in tiff.SUB_TABLES:
+                new.tagtype[tag] = tiff.LONG
+        for tag in old:
+            new.tagtype[tag] = old.tagtype[tag]
+            new[tag] = old[tag]
+        start = stream.seek(0, os.SEEK_END)
+        start = stream.seek(start + start % 2)
+        data = bytearray(new.tobytes(start))
+        if big:  # Pillow writes the places of tables in 64 bits and calls them LONG
+            for entry in range(8, 8 + 20 * len(new), 20):
+                if struct.unpack_from("<H", data, entry)[0] in tiff.SUB_TABLES:
+                    struct.pack_into("<H", data, entry + 2, LONG8)
+        stream.write(data)
+        stream.seek(8 if big else 4)
+        stream.write(struct.pack("<Q" if big else "<I", start))
