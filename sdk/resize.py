@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 import operator
 
 import numpy as np
@@ -28,7 +29,7 @@ def target_size(
     if factor is not None and size_wanted is not None:
         raise OptionError("factor and size: give one of them")
     if factor is not None:
-        if not (isinstance(factor, (int, float)) and math.isfinite(factor) and 0 < factor <= MAX_FACTOR):
+        if not (isinstance(factor, numbers.Real) and math.isfinite(factor) and 0 < factor <= MAX_FACTOR):
             raise OptionError(f"factor {factor!r}: a number above 0, at most {MAX_FACTOR:g}")
         return max(1, round(height * factor)), max(1, round(width * factor))
     try:

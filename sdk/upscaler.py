@@ -45,7 +45,8 @@ class Upscaler:
     batch: windows run at once, or "auto".
     memory_mib: what the engine's activations may take; it sets how large a piece is run at once. "auto" is enough for
         little overlap, and at most a quarter of the memory that is free now.
-    on_picture: called with the Stats of each picture that is done, in the thread that made it.
+    on_picture: called with the Stats of each picture that is done, in the thread that made it; what it raises
+        surfaces in the call that made the picture.
     Raises: BundleError, BackendUnavailable or OptionError.
     Thread-safe: calls keep nothing on the object but the totals in `stats`. Does not survive a fork: make it in the
     worker process.
@@ -190,6 +191,7 @@ class Upscaler:
         """
         if tile is not None:
             tile = _count(tile, "tile", TILE)
+        size = _size(size, "size")
         meter = Meter()
         window = bands.Window(rows, size, stride=self._stage.stride)
         plan = self._plan(size, tile)
@@ -272,8 +274,7 @@ class Upscaler:
 
         Raises: OptionError unless both are at least 1; BackendError if the engine fails.
         """
-        sides = size or (self._stage.stride, self._stage.stride)
-        height, width = (_count(side, "warmup size", "(height, width), both from 1") for side in sides)
+        height, width = _size(size or (self._stage.stride, self._stage.stride), "warmup size")
         plan = self._plan((height, width), None)
         self._expect(self._backend("uint8"), plan, runs=MANY)
         self._enlarge(np.zeros((1, height, width, 3), np.uint8), None, Meter())
@@ -492,6 +493,14 @@ def _memory_errors(shape: tuple[int, ...]) -> Iterator[None]:
 def _channels(image: np.ndarray) -> int | None:
     """Give the channels that pixels.join takes: None for an (H, W) array."""
     return image.shape[2] if image.ndim == 3 else None
+
+
+def _size(value: Any, name: str) -> tuple[int, int]:
+    """Take (height, width), whole numbers from 1. Raises: OptionError."""
+    expected = "(height, width), both from 1"
+    if not isinstance(value, Sequence) or len(value) != 2:
+        raise OptionError(f"{name} {value!r}: {expected}")
+    return _count(value[0], name, expected), _count(value[1], name, expected)
 
 
 def _count(value: Any, name: str, expected: str) -> int:

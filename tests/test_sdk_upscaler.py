@@ -210,7 +210,7 @@ def test_warmup_runs_without_counting() -> None:
         opened.warmup()
         opened.warmup((33, 70))
         assert opened.stats.pictures == 0
-        for size in ((0, 5), (-1, 5), (4.5, 3)):
+        for size in ((0, 5), (-1, 5), (4.5, 3), (5,), "ab", 7):
             with pytest.raises(OptionError, match="warmup"):
                 opened.warmup(size)
 
@@ -464,6 +464,9 @@ def test_bands_that_do_not_make_up_the_picture(heights: list[int], size: tuple[i
         list(opened.upscale_bands((photo(height, 12) for height in heights), size))
     with open_upscaler() as opened, pytest.raises(ImageError, match="differ"):
         list(opened.upscale_bands([photo(10, 12), photo(10, 12)[:, :, 0]], (20, 12)))
+    for wrong in ((0, 12), (20,), "ab", None):
+        with open_upscaler() as opened, pytest.raises(OptionError, match="size"):
+            list(opened.upscale_bands([photo(10, 12)], wrong))
 
 
 def test_other_factors_and_sizes() -> None:
@@ -509,6 +512,7 @@ def test_resizing_keeps_16_bits_and_hides_invisible_colour() -> None:
 def test_numpy_numbers_are_numbers() -> None:
     with open_upscaler(batch=np.int64(2)) as opened:
         assert opened.info["batch"] == 2
+        assert opened.upscale(photo(8, 8), factor=np.float32(1.5)).shape == (12, 12, 3)
         opened.upscale(photo(40, 40), tile=np.int32(8))
 
 
