@@ -52,7 +52,8 @@ def open_backend(request: Request) -> OpenVinoBackend:
 
     precision "auto" is bf16 where the processor multiplies it and the bundle's parity table allows it; the float
     graph always runs in fp32.
-    Raises: BackendUnavailable if OpenVINO, the device or the precision is not there.
+    Raises: BackendUnavailable if OpenVINO, the device or the precision is not there; BackendError in the child of a
+    process that used OpenVINO before the fork.
     """
     try:
         import openvino
@@ -61,7 +62,13 @@ def open_backend(request: Request) -> OpenVinoBackend:
     if request.device.startswith("cuda"):
         raise BackendUnavailable("openvino has no CUDA device: use device='cpu'")
     try:
-        core = _core(openvino)
+        with _one_core:
+            process, core = _core(openvino)
+        if process != os.getpid():
+            raise BackendError(
+                "openvino was used before this process was forked, and its threads did not come along: use it first "
+                "in the worker process, or start workers with multiprocessing's 'spawn'"
+            )
         has_bf16 = "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     except RuntimeError as exc:
         raise BackendUnavailable(f"openvino has no usable CPU device: {' '.join(str(exc).split())}") from exc
@@ -75,14 +82,17 @@ def open_backend(request: Request) -> OpenVinoBackend:
     return OpenVinoBackend(openvino, core, graph, precision=precision)
 
 
+_one_core = threading.Lock()
+
+
 @functools.cache
-def _core(openvino: Any) -> Any:
-    """Make the process's one Core.
+def _core(openvino: Any) -> tuple[int, Any]:
+    """Make the process's one Core, and say which process made it.
 
     Each Core puts a signal stack in place and restores the one before when it goes; with several of them that one
     may be gone too, and the next signal would end the process.
     """
-    return spared(openvino.Core())
+    return os.getpid(), spared(openvino.Core())
 
 
 class OpenVinoBackend:
