@@ -142,7 +142,7 @@ def open_bare(bundle: Bundle, info: dict[str, Any], lr: np.ndarray) -> Callable[
         raise BackendUnavailable(f"a picture of {lr.shape[:2]} is not on the stride grid of {stage.stride}")
     batch = lr[None]
     if info["backend"] != "openvino":
-        request = Request(bundle.folder, stage, "uint8", info["device"], info["precision"])
+        request = Request(bundle.folder, stage, info["scale"], "uint8", info["device"], info["precision"])
         return functools.partial(open_backend(info["backend"], request).run, batch)
     core = _core()
     model = core.read_model(bundle.folder / stage.graph(precision="fp32", ends="uint8").file.name)

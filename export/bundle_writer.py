@@ -152,7 +152,7 @@ def _export_stage(
     )  # fmt: skip
     parity = _check_parity(network, draft, folder, scale, options, report)
     report(f"stage {config.name}: measuring the halo")
-    backend = open_backend("onnxruntime", Request(folder, draft, "uint8", "cpu", "fp32"))
+    backend = open_backend("onnxruntime", Request(folder, draft, scale, "uint8", "cpu", "fp32"))
     pictures = [picture for _, picture in verify.read_pictures(options.pictures, largest=verify.MAX_SIDE)]
     halo = verify.measure_halo(backend.run, pictures, stride=stride, scale=scale)
     backend.close()
@@ -188,7 +188,7 @@ def _check_parity(
         _check_half_graph(stage, folder, references)
     for engine, precision in ENGINES:
         try:
-            backend = open_backend(engine, Request(folder, stage, "uint8", "cpu", precision))
+            backend = open_backend(engine, Request(folder, stage, scale, "uint8", "cpu", precision))
         except BackendUnavailable as exc:
             report(f"stage {stage.name}: {engine} {precision} not checked: {exc}")
             continue
@@ -214,7 +214,7 @@ def _check_half_graph(stage: Stage, folder: Path, references: Sequence[tuple[str
     except ImportError:  # the export is refused further on if no other engine can check it
         return
     graph = folder / stage.graph(precision="fp16", ends="uint8").file.name
-    with closing(OnnxRuntimeBackend(onnxruntime, str(graph), device="cpu", precision="fp16")) as backend:
+    with closing(OnnxRuntimeBackend(onnxruntime, str(graph), precision="fp16")) as backend:
         verify.check_parity(backend.run, references, precision="fp16", where=f"stage {stage.name}, graph {graph.name}")
 
 
@@ -222,7 +222,7 @@ def _check_float_graph(
     network: Network, stage: Stage, folder: Path, engine: str, *, pictures: list[np.ndarray], scale: int
 ) -> None:
     """Hold the graph of 16-bit and float pictures against PyTorch: a quarter of an 8-bit code value."""
-    with closing(open_backend(engine, Request(folder, stage, "float32", "cpu", "fp32"))) as backend:
+    with closing(open_backend(engine, Request(folder, stage, scale, "float32", "cpu", "fp32"))) as backend:
         for picture in pictures:
             batch = picture[None].astype(np.float32) / np.float32(255)
             error = float(np.abs(backend.run(batch) - verify.run_torch(network, batch, scale=scale)).max())

@@ -11,6 +11,7 @@ from pathlib import Path
 REAL_SHARE = 1.5
 COMFORTABLE_BYTES = 128 << 20
 COMFORTABLE_HALOS = 8  # a window of so many halos a side runs 1.8 times the pixels that it keeps
+DEVICE_COMFORTABLE_BYTES = 1 << 30  # a GPU has no canvas to leave room for
 FREE_SHARE = 4  # of the free memory, one part
 MEMINFO = Path("/proc/meminfo")
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
@@ -18,17 +19,22 @@ CGROUP_USED = Path("/sys/fs/cgroup/memory.current")
 CGROUP_STAT = Path("/sys/fs/cgroup/memory.stat")
 
 
-def window_pixels(activation_bytes: int, *, halo: int, batch: int, limit_mib: int | None) -> int:
+def window_pixels(
+    activation_bytes: int, *, halo: int, batch: int, limit_mib: int | None, device_free: int | None = None
+) -> int:
     """Give the LR pixels that one window may have, when `batch` of them run at once.
 
     activation_bytes: of the model, for each LR pixel. limit_mib: asked for by the user, in MiB; None is 128 MiB, or
     what keeps the overhead of wide halos bearable, and at most a quarter of the memory that is free now.
+    device_free: bytes free on a GPU, which then stands for the host's memory, with 1 GiB for 128 MiB.
     """
     real_bytes = int(activation_bytes * REAL_SHARE)
     if limit_mib is not None:
         return (limit_mib << 20) // (real_bytes * batch)
-    comfortable = max(COMFORTABLE_BYTES // real_bytes, (COMFORTABLE_HALOS * halo) ** 2)
-    return min(comfortable, free_bytes() // FREE_SHARE // (real_bytes * batch))
+    comfortable_bytes = COMFORTABLE_BYTES if device_free is None else DEVICE_COMFORTABLE_BYTES
+    free = free_bytes() if device_free is None else device_free
+    comfortable = max(comfortable_bytes // real_bytes, (COMFORTABLE_HALOS * halo) ** 2)
+    return min(comfortable, free // FREE_SHARE // (real_bytes * batch))
 
 
 def free_bytes() -> int:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 from .errors import SRError
 
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 AHEAD = 3  # items under way beyond those being encoded: one in each step, and one result that waits
 
 
@@ -43,6 +45,40 @@ def overlap(
         finally:  # also when the consumer stops early: what has not begun never does
             for pool in (encoder, computer, decoder):
                 pool.shutdown(wait=False, cancel_futures=True)
+
+
+def in_order(
+    items: Iterable[Item], function: Callable[[Item], Result], *, pool: Lanes | None
+) -> Generator[tuple[Item, Result], None, None]:
+    """Yield (item, function(item)) in order, worked ahead of in a pool; without one, in the caller's thread.
+
+    At most one item more than the pool has threads is under way. Exceptions surface where their result would.
+    """
+    if pool is None:
+        for item in items:
+            yield item, function(item)
+        return
+    pending: deque[tuple[Item, Future[Result]]] = deque()
+    try:
+        for item in items:
+            pending.append((item, pool.submit(function, item)))
+            if len(pending) > pool.count:
+                item, future = pending.popleft()
+                yield item, future.result()
+        while pending:
+            item, future = pending.popleft()
+            yield item, future.result()
+    finally:  # also after an error: what has not begun never does
+        for _, future in pending:
+            future.cancel()
+
+
+class Lanes(ThreadPoolExecutor):
+    """Threads that keep an engine busy: while one of them computes, others bring data and take results away."""
+
+    def __init__(self, count: int):
+        super().__init__(count, "sr-lane")
+        self.count = count
 
 
 def _then(before: Future[Any], function: Callable[..., Any], *arguments: Any) -> Any:

@@ -95,6 +95,21 @@ def join(planes: Planes, *, channels: int | None, dtype: np.dtype) -> np.ndarray
     return colour[:, :, 0] if channels is None else colour
 
 
+def bound_alpha(enlarged: np.ndarray, alpha: np.ndarray, *, scale: int) -> np.ndarray:
+    """Keep enlarged alpha between the least and the most of the 3x3 pixels around its source.
+
+    A network does not map a constant to itself; so what is opaque or invisible stays exactly that.
+    alpha: (H, W, C). enlarged and the result: (H*scale, W*scale, C).
+    """
+    height, width = alpha.shape[:2]
+    padded = np.pad(alpha, ((1, 1), (1, 1), (0, 0)), mode="edge")
+    around = [padded[y : y + height, x : x + width] for y in range(3) for x in range(3)]
+    least, most = (
+        extreme.reduce(around).repeat(scale, axis=0).repeat(scale, axis=1) for extreme in (np.minimum, np.maximum)
+    )
+    return np.clip(enlarged, least, most)
+
+
 def _bleed(colour: np.ndarray, visible: np.ndarray) -> np.ndarray:
     """Fill invisible pixels with the mean colour of visible neighbours, outwards by coarse-to-fine averages."""
     if visible.all() or not visible.any():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,15 +35,17 @@ class Stats:
 
 
 class Meter:
-    """Adds up what one picture costs, in one thread."""
+    """Adds up what one picture costs, from any thread."""
 
     def __init__(self) -> None:
         self._started = time.perf_counter()
         self._total = Stats()
+        self._lock = threading.Lock()
 
     def add(self, *, tiles: int = 0, pixels: int = 0, retries: int = 0) -> None:
         """Add to the counts."""
-        self._total += Stats(tiles=tiles, pixels=pixels, retries=retries)
+        with self._lock:
+            self._total += Stats(tiles=tiles, pixels=pixels, retries=retries)
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
@@ -52,11 +55,13 @@ class Meter:
             yield
         finally:
             took = time.perf_counter() - started
-            self._total = replace(self._total, **{f"{name}_s": getattr(self._total, f"{name}_s") + took})
+            with self._lock:
+                self._total = replace(self._total, **{f"{name}_s": getattr(self._total, f"{name}_s") + took})
 
     def stats(self, *, pictures: int = 1) -> Stats:
         """Give the totals up to now."""
-        return replace(self._total, pictures=pictures, seconds=time.perf_counter() - self._started)
+        with self._lock:
+            return replace(self._total, pictures=pictures, seconds=time.perf_counter() - self._started)
 
 
 def shape_pixels(image: np.ndarray) -> int:

@@ -6,6 +6,7 @@ import logging
 import operator
 import os
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 from PIL import Image
 
-from . import bands, files, jobs, memory, pipeline, pixels, resize, tiling
+from . import bands, device_arrays, files, jobs, memory, pipeline, pixels, resize, tiling
 from .backends import Backend, Request, open_backend
 from .bundle import Bundle
 from .errors import BackendError, ImageError, OptionError, OutOfMemory, SRError
@@ -36,7 +37,8 @@ class Upscaler:
     """Enlarges pictures with a model bundle.
 
     model: name of a shipped model, a bundle folder, or None for the default one.
-    backend: "auto", "onnxruntime" or "openvino"; device: "auto", "cpu" or "cuda:N"; precision: "auto", "fp32",
+    backend: "auto", "onnxruntime" or "openvino"; device: "auto", "cpu", "cuda:N" or, with windows shared out among
+        several, "cuda:N,M"; precision: "auto", "fp32",
         "fp16" or "bf16", of 8-bit pictures; others always run in fp32. What is asked for by name is used or refused,
         never replaced.
     stage: resolution stage of the bundle; "auto" is the last one trained, whatever the picture's size.
@@ -82,15 +84,21 @@ class Upscaler:
         self._stats = Stats()
         self._closed = False
         self._process = os.getpid()
-        request = Request(self._bundle.folder, self._stage, "uint8", device, precision)
-        self._backends: dict[str, Backend] = {"uint8": open_backend(backend, request)}
-        self._batch = wanted_batch or self._backends["uint8"].batch
+        request = Request(self._bundle.folder, self._stage, self.scale, "uint8", device, precision)
+        main = open_backend(backend, request)
+        self._backends: dict[str, Backend] = {"uint8": main}
+        self._lanes = pipeline.Lanes(main.lanes) if main.lanes > 1 else None
+        self._batch = wanted_batch or main.batch
         # Read once: the same picture is cut the same way, whatever else runs later.
         self._too_large: int | None = None  # window pixels that an engine ran out of memory with
         self._window_pixels = max(
             self._overlap.smallest_window**2,
             memory.window_pixels(
-                self._stage.activation_bytes, halo=self._overlap.halo, batch=self._batch, limit_mib=wanted_mib
+                self._stage.activation_bytes,
+                halo=self._overlap.halo,
+                batch=self._batch,
+                limit_mib=wanted_mib,
+                device_free=main.free_bytes(),
             ),
         )
 
@@ -138,6 +146,8 @@ class Upscaler:
         """Enlarge one picture by `scale`, or to another factor or size.
 
         image: (H, W), (H, W, 1..4) uint8, uint16 or float32 in [0, 1], RGB order; or a PIL picture. Not modified.
+            On a CUDA device also an array in its memory (`__cuda_array_interface__`: torch, CuPy and others), of
+            (H, W, 3) uint8 or float32, whose values are not checked; it gives a DeviceArray, which they take as it is.
         tile: side of a tile in LR pixels, without its halo; None runs in one piece where that fits in memory.
         factor, size: instead of `scale`; size is (height, width) of the result, one of which may be None to keep the
         shape. The network is applied as often as comes nearest, then one antialiased resize gives the exact size.
@@ -173,7 +183,7 @@ class Upscaler:
             for image, planes, colour in zip(images, split, colours, strict=True):
                 alpha = planes.alpha
                 if isinstance(alpha, np.ndarray):
-                    alpha = self._enlarge(alpha[None], None, meter)[0]
+                    alpha = self._enlarge(alpha[None], None, meter, is_alpha=True)[0]
                 results.append(pixels.join(pixels.Planes(colour, alpha), channels=_channels(image), dtype=image.dtype))
                 meter.add(pixels=shape_pixels(image))
         self.record(meter.stats(pictures=len(images)))
@@ -196,17 +206,26 @@ class Upscaler:
         window = bands.Window(rows, size, stride=self._stage.stride)
         plan = self._plan(size, tile)
 
-        def strips() -> Iterator[np.ndarray]:
+        constants: deque[np.generic | None] = deque()  # of each row of windows, its alpha if it is the same everywhere
+
+        def padded() -> Iterator[tuple[tiling.Span, np.ndarray]]:
             for row in plan.rows:
                 with meter.part("gather"):
                     planes = pixels.split(window.read(row.start, row.stop))
-                strip = self._strip_of_band(planes.colour, row, plan, meter)
-                alpha = planes.alpha
-                if isinstance(alpha, np.ndarray):
-                    strip = np.concatenate((strip, self._strip_of_band(alpha, row, plan, meter)))
-                elif alpha is not None:
-                    strip = np.concatenate((strip, np.full_like(strip, alpha)))
-                yield strip  # (1 or 2, kept*scale, W*scale, 3): colour and alpha
+                    if isinstance(planes.alpha, np.ndarray):
+                        band, constant = np.stack((planes.colour, planes.alpha)), None
+                    else:
+                        band, constant = planes.colour[None], planes.alpha
+                if row is plan.rows[0]:
+                    self._expect(self._backend_for(band), plan, meter, runs=plan.count)
+                constants.append(constant)
+                yield row, tiling.pad_to(band, (band.shape[1], plan.padded[1]))
+
+        def strips() -> Iterator[np.ndarray]:
+            for strip in self._strips(padded(), plan, meter, colours=1):
+                alpha = constants.popleft()
+                # (1 or 2, kept*scale, W*scale, 3): colour and alpha
+                yield strip if alpha is None else np.concatenate((strip, np.full_like(strip, alpha)))
 
         with _memory_errors(size):
             for part in tiling.finished_rows(strips(), plan, scale=self.scale):
@@ -276,13 +295,16 @@ class Upscaler:
         """
         height, width = _size(size or (self._stage.stride, self._stage.stride), "warmup size")
         plan = self._plan((height, width), None)
-        self._expect(self._backend("uint8"), plan, runs=MANY)
-        self._enlarge(np.zeros((1, height, width, 3), np.uint8), None, Meter())
+        meter = Meter()
+        self._expect(self._backend("uint8"), plan, meter, runs=MANY)
+        self._enlarge(np.zeros((1, height, width, 3), np.uint8), None, meter)
 
     def close(self) -> None:
         """Free the engines; later calls of `upscale` raise BackendError."""
         with self._lock:
             self._closed = True
+            if self._lanes:
+                self._lanes.shutdown(wait=False)
             for backend in self._backends.values():
                 backend.close()
 
@@ -311,6 +333,10 @@ class Upscaler:
         """Do what `upscale` does, but leave the counting to the caller."""
         if tile is not None:
             tile = _count(tile, "tile", TILE)
+        if device_arrays.is_on_device(image):
+            if factor is not None or size is not None:
+                raise OptionError("a picture on a GPU is enlarged by the model's scale: leave factor and size away")
+            return self._upscale_on_device(image, tile, meter)
         if isinstance(image, Image.Image):
             array = self.upscale_metered(pixels.from_pil(image), tile, factor=factor, size=size, meter=meter)
             picture = pixels.to_pil(array)
@@ -324,6 +350,31 @@ class Upscaler:
                 result = self._pass(result, tile, meter)
             result = resize.resize(result, wanted)
         meter.add(pixels=shape_pixels(image))
+        return result
+
+    def _upscale_on_device(self, image: Any, tile: int | None, meter: Meter) -> Any:
+        """Enlarge an array in a GPU's memory: (H, W, 3) -> DeviceArray of (H*scale, W*scale, 3)."""
+        if self._overlap.fade:
+            raise OptionError("a picture on a GPU needs seams='exact'")
+        view = device_arrays.view(image)
+        backend = self._backend(str(view.dtype)).on_device(view.index)
+        height, width, _ = view.shape
+        result = device_arrays.DeviceArray(backend.gpu, (height * self.scale, width * self.scale, 3), view.dtype)
+        backend.gpu.synchronize()  # what makes the picture may still be under way
+        while True:
+            plan = self._plan((height, width), tile)
+            batch = min(self._batch, plan.count)
+            if plan.count > 1:
+                backend.expect((batch, *plan.window, 3), runs=plan.count // batch)
+            try:
+                with meter.part("run"):
+                    device_arrays.enlarge(view, result, backend, plan, scale=self.scale, batch=batch)
+                break
+            except OutOfMemory:
+                if not self._shrink(batch, plan.window[0] * plan.window[1]):
+                    raise
+                meter.add(retries=1)
+        meter.add(tiles=plan.count, pixels=height * width)
         return result
 
     def _upscale_many(self, images: Iterable[Any]) -> Iterator[np.ndarray | Image.Image | SRError]:
@@ -340,108 +391,122 @@ class Upscaler:
         colour = self._enlarge(planes.colour[None], tile, meter)[0]
         alpha = planes.alpha
         if isinstance(alpha, np.ndarray):
-            alpha = self._enlarge(alpha[None], tile, meter)[0]
+            alpha = self._enlarge(alpha[None], tile, meter, is_alpha=True)[0]
         return pixels.join(pixels.Planes(colour, alpha), channels=_channels(image), dtype=image.dtype)
 
-    def _enlarge(self, images: np.ndarray, tile: int | None, meter: Meter) -> np.ndarray:
+    def _enlarge(
+        self, images: np.ndarray, tile: int | None, meter: Meter, *, is_alpha: bool = False, in_lanes: bool = True
+    ) -> np.ndarray:
         """(N, H, W, 3) uint8 or float32 -> (N, H*scale, W*scale, 3) of the same dtype."""
-        while True:
-            plan = self._plan(images.shape[1:3], tile)
-            try:
-                return self._run(images, plan, meter)
-            except OutOfMemory:
-                if not self._shrink_windows(plan, meter):
-                    raise
-
-    def _plan(self, size: tuple[int, int], tile: int | None) -> tiling.Plan:
-        limit = self._window_pixels
-        if tile is not None:
-            side = tiling.round_up(tile, self._stage.stride) + self._overlap.width
-            if self._too_large is None or side**2 < self._too_large:
-                return tiling.plan(size, window=(side, side), overlap=self._overlap)
-        window = tiling.choose_window(size, limit=limit, overlap=self._overlap)
-        return tiling.plan(size, window=window, overlap=self._overlap)
-
-    def _shrink_windows(self, plan: tiling.Plan, meter: Meter) -> bool:
-        """Halve the windows from now on, so that the next picture does not fail first; False if they cannot be."""
-        pixels_run, smallest = plan.window[0] * plan.window[1], self._overlap.smallest_window**2
-        if pixels_run <= smallest:
-            return False
-        limit = max(pixels_run // 2, smallest)
-        LOG.warning("out of memory: trying again with windows of %d pixels", limit)
-        with self._lock:
-            self._window_pixels = min(self._window_pixels, limit)
-            self._too_large = min(self._too_large or pixels_run, pixels_run)
-        meter.add(retries=1)
-        return True
-
-    def _run(self, images: np.ndarray, plan: tiling.Plan, meter: Meter) -> np.ndarray:
+        colours = 0 if is_alpha else len(images)
+        plan = self._plan(images.shape[1:3], tile)
         padded = tiling.pad_to(images, plan.padded)
+        bands = ((row, padded[:, row.start : row.stop]) for row in plan.rows)
         if len(plan.rows) == 1:
-            return self._strip(padded, plan.rows[0], plan, meter)
+            (strip,) = self._strips(bands, plan, meter, colours=colours, in_lanes=in_lanes)
+            return strip
         height, width = (side * self.scale for side in plan.size)
         canvas = np.empty((len(images), height, width, 3), images.dtype)
-        self._expect(self._backend_for(images), plan, runs=plan.count)
-        strips = (
-            self._strip(
-                padded[:, row.start : row.stop],
-                row,
-                plan,
-                meter,
-                out=canvas[:, row.keep_start * self.scale : row.keep_stop * self.scale],
-            )
-            for row in plan.rows
-        )
+        self._expect(self._backend_for(images), plan, meter, runs=plan.count)
+        strips = self._strips(bands, plan, meter, colours=colours, canvas=canvas, in_lanes=in_lanes)
         for _ in tiling.finished_rows(strips, plan, scale=self.scale):
             pass  # it is in the canvas
         return canvas
 
-    def _strip(
-        self, band: np.ndarray, row: tiling.Span, plan: tiling.Plan, meter: Meter, *, out: np.ndarray | None = None
-    ) -> np.ndarray:
-        """Run one row of windows: (N, h, W, 3) padded rows -> (N, kept*scale, W*scale, 3), into `out` if given."""
-        backend = self._backend_for(band)
-        band = tiling.pad_to(band, (band.shape[1], plan.padded[1]))
-        windows = [(index, columns) for index in range(len(band)) for columns in plan.columns]
-        height, width = (min(row.keep_stop, plan.size[0]) - row.keep_start) * self.scale, plan.size[1] * self.scale
-        first = 0
-        while first < len(windows):
-            batch = windows[first : first + self._batch]
+    def _plan(self, size: tuple[int, int], tile: int | None) -> tiling.Plan:
+        if tile is not None:
+            side = tiling.round_up(tile, self._stage.stride) + self._overlap.width
+            if self._too_large is None or side**2 < self._too_large:
+                return tiling.plan(size, window=(side, side), overlap=self._overlap)
+        window = tiling.choose_window(size, limit=self._window_pixels, overlap=self._overlap)
+        return tiling.plan(size, window=window, overlap=self._overlap)
+
+    def _strips(
+        self,
+        bands: Iterable[tuple[tiling.Span, np.ndarray]],
+        plan: tiling.Plan,
+        meter: Meter,
+        *,
+        colours: int,
+        canvas: np.ndarray | None = None,
+        in_lanes: bool = True,
+    ) -> Iterator[np.ndarray]:
+        """Run rows of windows: (N, h, W, 3) padded rows -> (N, kept*scale, W*scale, 3), parts of the canvas if given.
+
+        Batches run ahead in the engine's lanes; they are placed in order, in the caller's thread. Pictures after the
+        first `colours` are alpha.
+        """
+
+        def run(task: tuple[tiling.Span, np.ndarray, list[tuple[int, tiling.Span]]]) -> np.ndarray:
+            _, band, windows = task
             with meter.part("gather"):
-                inputs = tiling.gather(band, batch)
+                inputs = tiling.gather(band, windows)
+            outputs = self._run_windows(inputs, meter)
+            for number, (picture, _) in enumerate(windows):
+                if picture >= colours:
+                    outputs[number] = pixels.bound_alpha(outputs[number], inputs[number], scale=self.scale)
+            return outputs
+
+        tasks = ((row, band, windows) for row, band in bands for windows in self._batches(len(band), plan))
+        strip = None
+        with closing(pipeline.in_order(tasks, run, pool=self._lanes if in_lanes else None)) as done:
+            for (row, band, windows), outputs in done:
+                top, bottom = row.keep_start * self.scale, min(row.keep_stop, plan.size[0]) * self.scale
+                shape = (len(band), bottom - top, plan.size[1] * self.scale, 3)
+                if canvas is None and outputs.shape == shape:
+                    yield outputs
+                    continue
+                if strip is None:
+                    strip = np.empty(shape, band.dtype) if canvas is None else canvas[:, top:bottom]
+                with meter.part("place"):
+                    tiling.place(strip, outputs, windows, rows=row, scale=self.scale)
+                if windows[-1] == (len(band) - 1, plan.columns[-1]):
+                    yield strip
+                    strip = None
+
+    def _batches(self, pictures: int, plan: tiling.Plan) -> Iterator[list[tuple[int, tiling.Span]]]:
+        """Cut one row of windows, (picture, columns) each, into batches."""
+        windows = [(index, columns) for index in range(pictures) for columns in plan.columns]
+        while windows:
+            batch, windows = windows[: self._batch], windows[self._batch :]
+            yield batch
+
+    def _run_windows(self, inputs: np.ndarray, meter: Meter) -> np.ndarray:
+        """Run a batch; if memory runs out in halves, and at last each window cut anew inside its context.
+
+        Raises: OutOfMemory if the smallest window does not fit.
+        """
+        count, height, width, _ = inputs.shape
+        if self._too_large is None or height * width < self._too_large:
             try:
                 with meter.part("run"):
-                    outputs = self._checked_run(backend, inputs)
-            except OutOfMemory:
-                if len(batch) == 1:
-                    raise
-                LOG.warning("out of memory: trying again with batch %d", len(batch) // 2)
-                with self._lock:
-                    self._batch = min(self._batch, len(batch) // 2)
-                meter.add(retries=1)
-                continue
-            meter.add(tiles=len(batch))
-            if out is None and len(windows) == 1 and outputs.shape[1:3] == (height, width):
+                    outputs = self._checked_run(self._backend_for(inputs), inputs)
+                meter.add(tiles=count)
                 return outputs
-            with meter.part("place"):
-                if out is None:
-                    out = np.empty((len(band), height, width, 3), band.dtype)
-                tiling.place(out, outputs, batch, rows=row, scale=self.scale)
-            first += len(batch)
-        assert out is not None
-        return out
+            except OutOfMemory:
+                if not self._shrink(count, height * width):
+                    raise
+                meter.add(retries=1)
+        if count == 1:
+            return self._enlarge(inputs, None, meter, in_lanes=False)  # a lane must not wait for lanes
+        halves = inputs[: count // 2], inputs[count // 2 :]
+        return np.concatenate([self._run_windows(half, meter) for half in halves])
 
-    def _strip_of_band(self, band: np.ndarray, row: tiling.Span, plan: tiling.Plan, meter: Meter) -> np.ndarray:
-        """Run one row of windows of a picture that comes in bands: (h, W, 3) -> (1, kept*scale, W*scale, 3)."""
-        try:
-            self._expect(self._backend_for(band), plan, runs=plan.count)
-            return self._strip(band[None], row, plan, meter)
-        except OutOfMemory:  # the rows before are given away: this one is cut anew, inside its context
-            if not self._shrink_windows(plan, meter):
-                raise
-            height, width = min(row.keep_stop, plan.size[0]) - row.keep_start, plan.size[1]
-            top = (row.keep_start - row.start) * self.scale
-            return self._enlarge(band[None], None, meter)[:, top : top + height * self.scale, : width * self.scale]
+    def _shrink(self, count: int, window_pixels: int) -> bool:
+        """After a lack of memory, halve the batch, or else the windows, of what follows; False if both are least."""
+        smallest = self._overlap.smallest_window**2
+        if count == 1 and window_pixels <= smallest:
+            return False
+        with self._lock:
+            if count > 1:
+                LOG.warning("out of memory: trying again with batch %d", count // 2)
+                self._batch = min(self._batch, count // 2)
+            else:
+                limit = max(window_pixels // 2, smallest)
+                LOG.warning("out of memory: trying again with windows of %d pixels", limit)
+                self._window_pixels = min(self._window_pixels, limit)
+                self._too_large = min(self._too_large or window_pixels, window_pixels)
+        return True
 
     def _checked_run(self, backend: Backend, inputs: np.ndarray) -> np.ndarray:
         outputs = backend.run(inputs)
@@ -458,8 +523,15 @@ class Upscaler:
             )
         return outputs
 
-    def _expect(self, backend: Backend, plan: tiling.Plan, *, runs: int) -> None:
-        backend.expect((min(self._batch, len(plan.columns)), *plan.window, 3), runs=runs)
+    def _expect(self, backend: Backend, plan: tiling.Plan, meter: Meter, *, runs: int) -> None:
+        """Have the engine made ready for a plan's windows; what it has no memory for is cut when its turn comes."""
+        count = min(self._batch, len(plan.columns))
+        try:
+            backend.expect((count, *plan.window, 3), runs=runs)
+        except OutOfMemory:
+            if not self._shrink(count, plan.window[0] * plan.window[1]):
+                raise
+            meter.add(retries=1)
 
     def _backend_for(self, image: np.ndarray) -> Backend:
         return self._backend("uint8" if image.dtype == np.uint8 else "float32")
@@ -476,7 +548,7 @@ class Upscaler:
                 raise BackendError("this Upscaler is closed")
             if ends not in self._backends:
                 main = self._backends["uint8"]
-                request = Request(self._bundle.folder, self._stage, ends, main.device, "fp32")
+                request = Request(self._bundle.folder, self._stage, self.scale, ends, main.device, "fp32")
                 self._backends[ends] = open_backend(main.name, request)
             return self._backends[ends]
 

@@ -202,7 +202,7 @@ def measure_halo(folder: Path, stage: Stage) -> tuple[HaloRow, ...]:
     """Compare every tile of one stride, at every place of a noise picture, with the whole picture's result."""
     stride, side = stage.stride, 20 * stage.stride
     picture = np.random.default_rng(3).integers(0, 256, (side, side, 3), dtype=np.uint8)
-    backend = open_backend("onnxruntime", Request(folder, stage, "uint8", "cpu", "fp32"))
+    backend = open_backend("onnxruntime", Request(folder, stage, SCALE, "uint8", "cpu", "fp32"))
     whole = backend.run(picture[None])[0].astype(np.int16)
     rows: list[HaloRow] = []
     while not (len(rows) >= 2 and rows[-1].error <= rows[-2].error <= 1):

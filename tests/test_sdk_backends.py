@@ -10,7 +10,9 @@ import subprocess
 import sys
 import types
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import bundles
 import numpy as np
@@ -43,7 +45,7 @@ def has_cuda() -> bool:
 
 def request(kind: str = "unet", *, ends: str = "uint8", device: str = "cpu", precision: str = "fp32") -> Request:
     bundle = Bundle.load(bundles.shared(kind))
-    return Request(bundle.folder, bundle.stage(), ends, device, precision)
+    return Request(bundle.folder, bundle.stage(), bundle.manifest.scale, ends, device, precision)
 
 
 def noise(shape: tuple[int, ...], ends: str = "uint8") -> np.ndarray:
@@ -167,7 +169,7 @@ def test_a_corrupt_graph_is_an_error_of_ours(engine: str, tmp_path: Path) -> Non
     for graph in bundle.stage().graphs:
         (folder / graph.file.name).write_bytes(b"\x08\x08rubbish")
     with pytest.raises(BackendError) as caught:
-        open_backend(engine, Request(folder, bundle.stage(), "uint8", "cpu", "fp32")).run(noise((1, 8, 8, 3)))
+        open_backend(engine, replace(request("blur"), folder=folder)).run(noise((1, 8, 8, 3)))
     assert "\n" not in str(caught.value)
 
 
@@ -306,26 +308,29 @@ def test_auto_goes_on_when_an_engine_is_broken(
 def test_cuda_without_an_fp16_graph_runs_fp32() -> None:
     """What "auto" means on a GPU when the bundle was exported without --fp16."""
     from sdk.backends import onnxruntime as module
+    from sdk.backends import onnxruntime_cuda
 
     stage = Bundle.load(bundles.shared("blur")).stage()
     for graphs, expected in ((stage.graphs, "fp16"), (stage.graphs[:2], "fp32")):
         seen: list[str] = []
 
-        class Session(module.OnnxRuntimeBackend):
-            def __init__(self, engine: object, graph: str, *, device: str, precision: str, seen=seen):
+        class Session:
+            def __init__(self, engine: object, gpu: object, graph: str, *, scale: int, precision: str, seen=seen):
                 seen.append(precision)
 
         fake = types.SimpleNamespace(get_available_providers=lambda: ["CUDAExecutionProvider"])
         with pytest.MonkeyPatch.context() as patch:
             patch.setitem(sys.modules, "onnxruntime", fake)
-            patch.setattr(module, "OnnxRuntimeBackend", Session)
+            patch.setattr(onnxruntime_cuda, "open_device", lambda index: None)
+            patch.setattr(onnxruntime_cuda, "OnnxRuntimeCudaBackend", Session)
             less = type(stage)(**vars(stage) | {"graphs": tuple(graphs)})
-            module.open_backend(Request(bundles.shared("blur"), less, "uint8", "auto", "auto"))
+            module.open_backend(replace(request("blur", device="auto", precision="auto"), stage=less))
         assert seen == [expected]
 
 
 def test_a_provider_that_falls_back_is_refused() -> None:
     from sdk.backends import onnxruntime as module
+    from sdk.backends import onnxruntime_cuda
 
     class Session:
         def __init__(self, *arguments: object, **options: object):
@@ -336,10 +341,11 @@ def test_a_provider_that_falls_back_is_refused() -> None:
 
     fake = types.SimpleNamespace(
         get_available_providers=lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"],
-        InferenceSession=Session, SessionOptions=types.SimpleNamespace, __version__="1.0",
+        InferenceSession=Session, SessionOptions=mock.Mock, __version__="1.0",
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "onnxruntime", fake)
+        patch.setattr(onnxruntime_cuda, "open_device", lambda index: types.SimpleNamespace(index=index))
         with pytest.raises(BackendUnavailable, match="fell back"):
             module.open_backend(request(device="cuda:0"))
 

@@ -12,6 +12,7 @@ from PIL import Image
 
 from sdk import BackendUnavailable, Bundle, Upscaler, bundle, tiling
 from sdk import upscaler as module
+from sdk.backends import HostBackend
 from sdk.bundle import FORMAT, MANIFEST, VERSION, Graph, HaloRow, Manifest, Stage, hash_file
 from sdk.upscaler import SEAMS
 
@@ -177,8 +178,8 @@ def test_shipped_models_at_odd_sizes(name: str, size: tuple[int, int], tile: int
 def test_fast_seams_show_no_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """Windows that disagree by up to 48 code values: nowhere, corners included, is a step more than the fade's."""
 
-    class Disagreeing:
-        name, device, precision, engine, batch = "fake", "cpu", "fp32", "fake 1", 1
+    class Disagreeing(HostBackend):
+        name, precision, engine = "fake", "fp32", "fake 1"
         runs = 0
 
         def run(self, batch: np.ndarray) -> np.ndarray:

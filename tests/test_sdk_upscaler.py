@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sdk import BackendError, ImageError, OptionError, OutOfMemory, SRError, Stats, Upscaler, memory, upscaler
+from sdk import BackendError, ImageError, OptionError, OutOfMemory, SRError, Stats, Upscaler, memory, pixels, upscaler
+from sdk.backends import HostBackend
 from sdk.bundle import Bundle
 
 pytest.importorskip("onnxruntime")
@@ -36,10 +37,10 @@ def photo(height: int = 12, width: int = 15, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
-class FakeBackend:
+class FakeBackend(HostBackend):
     """Repeats pixels; `failures(shape)` may raise."""
 
-    name, device, precision, engine, batch = "fake", "cpu", "fp32", "fake 1", 1
+    name, precision, engine = "fake", "fp32", "fake 1"
 
     def __init__(self, failures=lambda shape: None):
         self.failures = failures
@@ -581,3 +582,28 @@ def test_a_bundle_without_an_exact_halo_is_refused(tmp_path: Path) -> None:
         Upscaler(folder)
     with Upscaler(folder, backend="onnxruntime", seams="fast") as opened:
         assert opened.info["halo"] == 32
+
+
+@pytest.mark.parametrize("dtype,most", [(np.uint8, 255), (np.uint16, 65535), (np.float32, 1)])
+def test_opaque_and_invisible_stay_exactly_that(dtype: type, most: int) -> None:
+    """A network does not map a constant to itself; and bands of constant alpha must not differ from the others."""
+    rng = np.random.default_rng(0)
+    image = (rng.random((120, 100, 4)) * most).astype(dtype)
+    image[:60, :, 3] = most
+    image[60:90, :50, 3] = 0
+    image[60:90, 50:, 3] = most
+    image[90:, :, 3] = (np.linspace(0, 1, 100) * most).astype(dtype)
+    with Upscaler("fast-x2", backend="onnxruntime", device="cpu") as opened:
+        result = opened.upscale(image)
+        rows = (image[top : top + 37] for top in range(0, 120, 37))
+        streamed = np.concatenate(list(opened.upscale_bands(rows, image.shape[:2])))
+    assert (result[:118, :, 3] == most).all()
+    assert (result[122:178, :98, 3] == 0).all() and (result[122:178, 102:, 3] == most).all()
+    assert (streamed[..., 3] == result[..., 3]).all()
+
+
+def test_bound_alpha() -> None:
+    alpha = np.array([[0, 0, 0, 100, 100]], np.uint8)[:, :, None]
+    enlarged = np.array([[3, 3, 3, 3, 3, 3, 97, 130, 90, 101]], np.uint8).repeat(2, axis=0)[:, :, None]
+    bounded = pixels.bound_alpha(enlarged, alpha, scale=2)[:, :, 0]
+    assert bounded.tolist() == [[0, 0, 0, 0, 3, 3, 97, 100, 100, 100]] * 2

@@ -6,14 +6,19 @@ import importlib
 import logging
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from ..bundle import Stage
 from ..errors import BackendError, BackendUnavailable, OptionError
+from .several import Several
+
+if TYPE_CHECKING:
+    from .cuda import Device
 
 LOG = logging.getLogger(__name__)
 PRECISIONS = ("auto", "fp32", "fp16", "bf16")
@@ -24,15 +29,21 @@ MODULES = {"onnxruntime": ".onnxruntime", "openvino": ".openvino"}
 AUTO_ORDER = (("onnxruntime", "cuda:0"), ("openvino", "cpu"), ("onnxruntime", "cpu"))
 
 
+# (device, address, stream) -> None: enqueues copies to or from an address in a device's memory.
+Transfer = Callable[["Device", int, int], None]
+
+
 @dataclass(frozen=True)
 class Request:
     """What an engine is asked to open.
 
-    folder: the bundle's. ends: "uint8" or "float32". device: "auto", "cpu" or "cuda:N". precision: one of PRECISIONS.
+    folder: the bundle's. scale: of the model. ends: "uint8" or "float32". device: "auto", "cpu", "cuda:N" or
+    "cuda:N,M" for several. precision: one of PRECISIONS.
     """
 
     folder: Path
     stage: Stage
+    scale: int
     ends: str
     device: str
     precision: str
@@ -41,7 +52,8 @@ class Request:
 class Backend(Protocol):
     """An opened engine for one graph.
 
-    name, device, precision, engine (its version) say what really runs; batch is how many windows pay off at once.
+    name, device, precision, engine (its version) say what really runs; batch is how many windows pay off at once,
+    lanes in how many threads calls of run pay off.
     """
 
     name: str
@@ -49,6 +61,7 @@ class Backend(Protocol):
     precision: str
     engine: str
     batch: int
+    lanes: int
 
     def run(self, batch: np.ndarray) -> np.ndarray:
         """(N, h, w, C) -> (N, h*scale, w*scale, C), same dtype; h and w on the stride grid; thread-safe.
@@ -61,9 +74,52 @@ class Backend(Protocol):
         """Make ready for batches of one shape that come `runs` times. Raises: as run."""
         ...
 
+    def free_bytes(self) -> int | None:
+        """Read the free memory of the engine's device; None if that is the host's."""
+        ...
+
+    def on_device(self, index: int | None) -> DeviceBackend:
+        """Give what runs pictures in the memory of the GPU of that number, None if it is not known.
+
+        Raises: BackendUnavailable if the engine does not run there.
+        """
+        ...
+
     def close(self) -> None:
         """Free the engine; later calls of run fail."""
         ...
+
+
+class DeviceBackend(Backend, Protocol):
+    """A backend whose windows and results can stay in the memory of its GPU."""
+
+    gpu: Device
+
+    def run_on_device(self, shape: tuple[int, ...], dtype: np.dtype, fill: Transfer, take: Transfer) -> None:
+        """Run a batch of a shape (N, h, w, C): `fill` brings the input, `take` takes the output away.
+
+        Both are given the GPU, an address in its memory and a stream in which they enqueue their copies.
+        Raises: as run.
+        """
+        ...
+
+
+class HostBackend:
+    """What engines on the CPU have in common."""
+
+    device = "cpu"
+    batch = 1
+    lanes = 1
+
+    def free_bytes(self) -> int | None:
+        """See Backend.free_bytes."""
+        return None
+
+    def on_device(self, index: int | None) -> DeviceBackend:
+        """See Backend.on_device."""
+        raise BackendUnavailable(
+            "the picture is on a GPU, the engine on the CPU: use device='cuda:N', or copy it first"
+        )
 
 
 def open_backend(name: str, request: Request) -> Backend:
@@ -112,11 +168,17 @@ def check_request(name: str, request: Request) -> None:
         raise OptionError(f"backend {name!r}: one of auto, {', '.join(MODULES)}")
     if request.precision not in PRECISIONS:
         raise OptionError(f"precision {request.precision!r}: one of {', '.join(PRECISIONS)}")
-    if not re.fullmatch("auto|cpu|cuda:[0-9]{1,3}", str(request.device)):
-        raise OptionError(f"device {request.device!r}: one of auto, cpu, cuda:N")
+    if not re.fullmatch("auto|cpu|cuda:[0-9]{1,3}(,[0-9]{1,3})*", str(request.device)):
+        raise OptionError(f"device {request.device!r}: one of auto, cpu, cuda:N, cuda:N,M")
+    numbers = request.device.removeprefix("cuda:").split(",")
+    if len(set(numbers)) < len(numbers):
+        raise OptionError(f"device {request.device!r}: a GPU is named twice")
 
 
 def _open(name: str, request: Request) -> Backend:
     module = importlib.import_module(MODULES[name], __package__)
-    backend: Backend = module.open_backend(request)
-    return backend
+    numbers = request.device.removeprefix("cuda:").split(",")
+    if len(numbers) == 1:
+        backend: Backend = module.open_backend(request)
+        return backend
+    return Several([module.open_backend(replace(request, device=f"cuda:{number}")) for number in numbers])

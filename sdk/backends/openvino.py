@@ -8,7 +8,7 @@ import logging
 import os
 import queue
 import threading
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 
 from ..errors import BackendError, BackendUnavailable, OutOfMemory
-from . import Request, thread_count
+from . import HostBackend, Request, thread_count
 from .forking import spared
+from .recurring import OFTEN, Recurring
 
 LOG = logging.getLogger(__name__)
 MIN_BF16_PSNR_DB = 45.0
-RECENT, OFTEN = 16, 4  # a batch shape that came OFTEN times among the RECENT ones is compiled for
 KEPT_SHAPES = 3  # that stay compiled: each holds some 13 MB, and the buffers of its requests
 CACHE_BYTES = 512 << 20  # of compiled models on disk
 HINTS = {"fp32": "f32", "bf16": "bf16"}
@@ -95,7 +95,7 @@ def _core(openvino: Any) -> tuple[int, Any]:
     return os.getpid(), spared(openvino.Core())
 
 
-class OpenVinoBackend:
+class OpenVinoBackend(HostBackend):
     """Runs any shape at once, and compiles the graph for shapes that come often (tiles, video frames).
 
     A static shape runs up to a quarter faster, and compiling it takes as long as that saves in some three runs. The
@@ -103,8 +103,6 @@ class OpenVinoBackend:
     """
 
     name = "openvino"
-    device = "cpu"
-    batch = 1
 
     def __init__(self, openvino: Any, core: Any, graph: Path, *, precision: str):
         self.precision = precision
@@ -116,7 +114,7 @@ class OpenVinoBackend:
         # Without a limit it would keep what it prepares for every shape that ever comes.
         self._config["CPU_RUNTIME_CACHE_CAPACITY"] = 0
         self._any_shape: _Requests | None = None
-        self._recent: deque[tuple[int, ...]] = deque(maxlen=RECENT)
+        self._recurring = Recurring()
         self._shapes: OrderedDict[tuple[int, ...], _Requests] = OrderedDict()
         self._lock = threading.Lock()
         self._closed = False
@@ -150,8 +148,7 @@ class OpenVinoBackend:
     def _requests(self, shape: tuple[int, ...]) -> _Requests:
         """Choose what runs a batch: the graph compiled for its shape, or the one for any."""
         with self._lock:
-            self._recent.append(shape)
-            if shape in self._shapes or self._recent.count(shape) >= OFTEN:
+            if self._recurring.comes(shape) or shape in self._shapes:
                 return self._compiled(shape)
             self._refuse_if_closed()
             self._any_shape = self._any_shape or self._compile(None)

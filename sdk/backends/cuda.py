@@ -1,0 +1,296 @@
+"""Device memory, page-locked host memory and copies on a GPU, through PyCUDA or NVIDIA's cuda-python.
+
+Addresses are plain numbers and streams are CUDA's handles, so that both libraries look alike and fit every engine.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from typing import Any, Protocol
+
+import numpy as np
+
+from ..errors import BackendError, BackendUnavailable, OutOfMemory
+
+
+class Device(Protocol):
+    """One GPU. Every method may be called from any thread, and leaves the thread's current device as it was.
+
+    library: what it goes through, with its version. Raises: OutOfMemory, or BackendError for any other failure.
+    """
+
+    index: int
+    library: str
+
+    def free_bytes(self) -> int:
+        """Read the free memory of the device."""
+        ...
+
+    def allocate(self, size: int) -> int:
+        """Give the address of `size` new bytes."""
+        ...
+
+    def release(self, address: int) -> None:
+        """Free what `allocate` gave."""
+        ...
+
+    def page_locked(self, size: int) -> np.ndarray:
+        """Give (size,) uint8 in host memory that the device reads and writes by itself; freed with the array."""
+        ...
+
+    def new_stream(self) -> int:
+        """Give the handle of a stream that lives as long as this object."""
+        ...
+
+    def upload(self, target: int, source: np.ndarray, stream: int) -> None:
+        """Enqueue a copy of a contiguous array to the device."""
+        ...
+
+    def download(self, target: np.ndarray, source: int, stream: int) -> None:
+        """Enqueue a copy from the device that fills a contiguous array."""
+        ...
+
+    def copy_rows(
+        self, target: int, target_pitch: int, source: int, source_pitch: int, *, width: int, rows: int, stream: int
+    ) -> None:
+        """Enqueue a copy within the device: `rows` rows of `width` bytes, which begin a pitch apart."""
+        ...
+
+    def synchronize(self, stream: int | None = None) -> None:
+        """Wait for what was enqueued in a stream; None is everything on the device, other libraries' work too."""
+        ...
+
+
+class Buffer:
+    """Device memory that grows on demand and is freed with the object."""
+
+    def __init__(self, device: Device, size: int = 0):
+        self._device = device
+        self.address, self.size = 0, 0
+        self._free: Any = None
+        self.reserve(size)
+
+    def reserve(self, size: int) -> None:
+        """Make room for `size` bytes; if that takes more memory, the address and the content change."""
+        if size <= self.size:
+            return
+        self.free()
+        self.address, self.size = self._device.allocate(size), size
+        self._free = weakref.finalize(self, self._device.release, self.address)
+        self._free.atexit = False  # the driver frees all at its own end
+
+    def free(self) -> None:
+        """Give the memory back."""
+        if self._free:
+            self._free()
+        self.address, self.size, self._free = 0, 0, None
+
+
+def open_device(index: int) -> Device:
+    """Open a GPU by number with PyCUDA where that is installed, else with cuda-python.
+
+    Raises: BackendUnavailable if neither is installed, there is no driver, or no such GPU.
+    """
+    for name, module, kind in LIBRARIES:
+        try:
+            library = importlib.import_module(module)
+        except ImportError as exc:
+            if isinstance(exc, ModuleNotFoundError) and (exc.name or "").split(".")[0] == module.split(".")[0]:
+                continue
+            raise BackendUnavailable(f"{name} cannot be loaded: {exc}") from exc
+        return kind(library, index)
+    raise BackendUnavailable("CUDA needs cuda-python or pycuda: pip install 'sr-sdk[gpu]'")
+
+
+def _check_index(index: int, count: int) -> None:
+    if index >= count:
+        raise BackendUnavailable(f"there is no GPU cuda:{index}: this machine has {count}")
+
+
+class CudaPythonDevice:
+    """A GPU through `cuda.bindings.runtime`, whose functions return (error, result...)."""
+
+    def __init__(self, runtime: Any, index: int):
+        self._runtime = runtime
+        self.index = index
+        self.library = f"cuda-python {metadata.version('cuda-bindings')}"
+        error, count = runtime.cudaGetDeviceCount()
+        if error != runtime.cudaError_t.cudaSuccess:
+            raise BackendUnavailable(f"CUDA cannot be used: {self._describe(error)}; check the NVIDIA driver")
+        _check_index(index, count)
+
+    def free_bytes(self) -> int:
+        """See Device."""
+        return int(self._call("cudaMemGetInfo")[0])
+
+    def allocate(self, size: int) -> int:
+        """See Device."""
+        return int(self._call("cudaMalloc", size)[0])
+
+    def release(self, address: int) -> None:
+        """See Device."""
+        self._call("cudaFree", address)
+
+    def page_locked(self, size: int) -> np.ndarray:
+        """See Device."""
+        address = int(self._call("cudaHostAlloc", size, self._runtime.cudaHostAllocDefault)[0])
+        memory: Any = (ctypes.c_uint8 * size).from_address(address)
+        weakref.finalize(memory, self._call, "cudaFreeHost", address).atexit = False
+        return np.frombuffer(memory, np.uint8)
+
+    def new_stream(self) -> int:
+        """See Device."""
+        stream = int(self._call("cudaStreamCreateWithFlags", self._runtime.cudaStreamNonBlocking)[0])
+        weakref.finalize(self, _destroy_stream, self._runtime, stream).atexit = False
+        return stream
+
+    def upload(self, target: int, source: np.ndarray, stream: int) -> None:
+        """See Device."""
+        kind = self._runtime.cudaMemcpyKind.cudaMemcpyHostToDevice
+        self._call("cudaMemcpyAsync", target, source.ctypes.data, source.nbytes, kind, stream)
+
+    def download(self, target: np.ndarray, source: int, stream: int) -> None:
+        """See Device."""
+        kind = self._runtime.cudaMemcpyKind.cudaMemcpyDeviceToHost
+        self._call("cudaMemcpyAsync", target.ctypes.data, source, target.nbytes, kind, stream)
+
+    def copy_rows(
+        self, target: int, target_pitch: int, source: int, source_pitch: int, *, width: int, rows: int, stream: int
+    ) -> None:
+        """See Device."""
+        kind = self._runtime.cudaMemcpyKind.cudaMemcpyDeviceToDevice
+        self._call("cudaMemcpy2DAsync", target, target_pitch, source, source_pitch, width, rows, kind, stream)
+
+    def synchronize(self, stream: int | None = None) -> None:
+        """See Device."""
+        if stream is None:
+            self._call("cudaDeviceSynchronize")
+        else:
+            self._call("cudaStreamSynchronize", stream)
+
+    def _call(self, name: str, *arguments: Any) -> tuple[Any, ...]:
+        """Call a function with this device as the thread's current one."""
+        runtime = self._runtime
+        _, before = runtime.cudaGetDevice()
+        runtime.cudaSetDevice(self.index)
+        try:
+            error, *results = getattr(runtime, name)(*arguments)
+        finally:
+            runtime.cudaSetDevice(before)
+        if error == runtime.cudaError_t.cudaErrorMemoryAllocation:
+            runtime.cudaGetLastError()  # else the next one to ask for an error would find it
+            raise OutOfMemory(f"cuda:{self.index}: {name}: out of memory")
+        if error != runtime.cudaError_t.cudaSuccess:
+            raise BackendError(f"cuda:{self.index}: {name}: {self._describe(error)}")
+        return tuple(results)
+
+    def _describe(self, error: Any) -> str:
+        _, text = self._runtime.cudaGetErrorString(error)
+        return text.decode() if isinstance(text, bytes) else str(text)
+
+
+def _destroy_stream(runtime: Any, stream: int) -> None:
+    runtime.cudaStreamDestroy(stream)
+
+
+class PyCudaDevice:
+    """A GPU through `pycuda.driver`, in the device's primary context, which CUDA's runtime uses too."""
+
+    def __init__(self, driver: Any, index: int):
+        self._driver = driver
+        self.index = index
+        self.library = f"pycuda {metadata.version('pycuda')}"
+        try:
+            driver.init()
+            count = driver.Device.count()
+        except driver.Error as exc:
+            raise BackendUnavailable(f"CUDA cannot be used: {exc}; check the NVIDIA driver") from exc
+        _check_index(index, count)
+        self._context = driver.Device(index).retain_primary_context()
+        self._allocations: dict[int, Any] = {}
+        self._streams: dict[int, Any] = {}
+
+    def free_bytes(self) -> int:
+        """See Device."""
+        with self._current("mem_get_info"):
+            return int(self._driver.mem_get_info()[0])
+
+    def allocate(self, size: int) -> int:
+        """See Device."""
+        with self._current("mem_alloc"):
+            allocation = self._driver.mem_alloc(size)
+        self._allocations[int(allocation)] = allocation
+        return int(allocation)
+
+    def release(self, address: int) -> None:
+        """See Device."""
+        with self._current("free"):
+            self._allocations.pop(address).free()
+
+    def page_locked(self, size: int) -> np.ndarray:
+        """See Device."""
+        with self._current("pagelocked_empty"):
+            memory: np.ndarray = self._driver.pagelocked_empty(size, np.uint8)
+        return memory
+
+    def new_stream(self) -> int:
+        """See Device."""
+        with self._current("Stream"):
+            stream = self._driver.Stream()
+        self._streams[stream.handle] = stream
+        return int(stream.handle)
+
+    def upload(self, target: int, source: np.ndarray, stream: int) -> None:
+        """See Device."""
+        with self._current("memcpy_htod_async"):
+            self._driver.memcpy_htod_async(target, source, self._streams[stream])
+
+    def download(self, target: np.ndarray, source: int, stream: int) -> None:
+        """See Device."""
+        with self._current("memcpy_dtoh_async"):
+            self._driver.memcpy_dtoh_async(target, source, self._streams[stream])
+
+    def copy_rows(
+        self, target: int, target_pitch: int, source: int, source_pitch: int, *, width: int, rows: int, stream: int
+    ) -> None:
+        """See Device."""
+        copy = self._driver.Memcpy2D()
+        copy.set_src_device(source)
+        copy.set_dst_device(target)
+        copy.src_pitch, copy.dst_pitch = source_pitch, target_pitch
+        copy.width_in_bytes, copy.height = width, rows
+        with self._current("Memcpy2D"):
+            copy(self._streams[stream])
+
+    def synchronize(self, stream: int | None = None) -> None:
+        """See Device."""
+        with self._current("synchronize"):
+            if stream is None:
+                self._driver.Context.synchronize()
+            else:
+                self._streams[stream].synchronize()
+
+    @contextmanager
+    def _current(self, name: str) -> Iterator[None]:
+        """Make this device the thread's current one, and PyCUDA's errors ours."""
+        self._context.push()
+        try:
+            yield
+        except self._driver.MemoryError as exc:
+            raise OutOfMemory(f"cuda:{self.index}: {name}: out of memory") from exc
+        except self._driver.Error as exc:
+            raise BackendError(f"cuda:{self.index}: {name}: {exc}") from exc
+        finally:
+            self._driver.Context.pop()
+
+
+# name, module, class; the first that is installed is taken.
+LIBRARIES: tuple[tuple[str, str, Any], ...] = (
+    ("pycuda", "pycuda.driver", PyCudaDevice),
+    ("cuda-python", "cuda.bindings.runtime", CudaPythonDevice),
+)
