@@ -303,8 +303,6 @@ class Upscaler:
         """Free the engines; later calls of `upscale` raise BackendError."""
         with self._lock:
             self._closed = True
-            if self._lanes:
-                self._lanes.shutdown(wait=False)
             for backend in self._backends.values():
                 backend.close()
 

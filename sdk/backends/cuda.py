@@ -10,7 +10,6 @@ import importlib
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import metadata
 from typing import Any, Protocol
 
 import numpy as np
@@ -21,7 +20,7 @@ from ..errors import BackendError, BackendUnavailable, OutOfMemory
 class Device(Protocol):
     """One GPU. Every method may be called from any thread, and leaves the thread's current device as it was.
 
-    library: what it goes through, with its version. Raises: OutOfMemory, or BackendError for any other failure.
+    library: what it goes through. Raises: OutOfMemory, or BackendError for any other failure.
     """
 
     index: int
@@ -115,10 +114,11 @@ def _check_index(index: int, count: int) -> None:
 class CudaPythonDevice:
     """A GPU through `cuda.bindings.runtime`, whose functions return (error, result...)."""
 
+    library = "cuda-python"
+
     def __init__(self, runtime: Any, index: int):
         self._runtime = runtime
         self.index = index
-        self.library = f"cuda-python {metadata.version('cuda-bindings')}"
         error, count = runtime.cudaGetDeviceCount()
         if error != runtime.cudaError_t.cudaSuccess:
             raise BackendUnavailable(f"CUDA cannot be used: {self._describe(error)}; check the NVIDIA driver")
@@ -201,10 +201,11 @@ def _destroy_stream(runtime: Any, stream: int) -> None:
 class PyCudaDevice:
     """A GPU through `pycuda.driver`, in the device's primary context, which CUDA's runtime uses too."""
 
+    library = "pycuda"
+
     def __init__(self, driver: Any, index: int):
         self._driver = driver
         self.index = index
-        self.library = f"pycuda {metadata.version('pycuda')}"
         try:
             driver.init()
             count = driver.Device.count()

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import BackendError, BackendUnavailable
+from ..errors import BackendError, BackendUnavailable, OutOfMemory
 from . import Transfer
 from .cuda import Buffer, Device, open_device
 from .forking import spared
@@ -121,7 +121,12 @@ class OnnxRuntimeCudaBackend:
 
     def _run(self, lane: _Lane, shape: tuple[int, ...], dtype: np.dtype, fill: Transfer, take: Transfer) -> None:
         with _calls.shared():
-            lane.reserve(*(math.prod(side) * dtype.itemsize for side in (shape, self._output_shape(shape))))
+            try:
+                lane.reserve(*(math.prod(side) * dtype.itemsize for side in (shape, self._output_shape(shape))))
+            except OutOfMemory:  # what is run next will be smaller
+                lane.free()
+                self._free_idle()
+                raise
             fill(self.gpu, lane.input.address, lane.stream)
             self.gpu.synchronize(lane.stream)
         with self._computing:
@@ -140,6 +145,16 @@ class OnnxRuntimeCudaBackend:
         with _calls.shared():
             take(self.gpu, lane.output.address, lane.stream)
             self.gpu.synchronize(lane.stream)
+
+    def _free_idle(self) -> None:
+        """Give back the memory of the lanes that nobody uses now."""
+        idle = []
+        with contextlib.suppress(queue.Empty):
+            while True:
+                idle.append(self._idle.get_nowait())
+        for lane in idle:
+            lane.free()
+            self._idle.put(lane)
 
     def _graph_of(self, lane: _Lane, shape: tuple[int, ...]) -> tuple[int, bool]:
         """Give the id of the CUDA graph for a shape in a lane, and whether the next run captures it."""
