@@ -174,7 +174,7 @@ def test_cuda_python_without_a_driver_says_so() -> None:
     real = pytest.importorskip("cuda.bindings.runtime")
     if real.cudaGetDeviceCount()[0] == real.cudaError_t.cudaSuccess:
         pytest.skip("there is a GPU")
-    with pytest.raises(BackendUnavailable, match="CUDA cannot be used: .*check the NVIDIA driver"):
+    with pytest.raises(BackendUnavailable, match=r"CUDA cannot be used: .*check the NVIDIA driver"):
         cuda.CudaPythonDevice(real, 0)
 
 
@@ -349,6 +349,17 @@ def test_a_run_that_fails_is_an_error(machine: fake_cuda.Machine) -> None:
         assert (opened.upscale(photo(8, 8)) == expected(photo(8, 8))).all()
 
 
+def test_a_provider_that_does_not_load_is_told(machine: fake_cuda.Machine) -> None:
+    """What onnxruntime-gpu says where CUDA's libraries are missing."""
+
+    def session(*arguments: object, **options: object) -> None:
+        raise RuntimeError("This session contains graph nodes that are assigned to the default CPU EP, but fallback")
+
+    sys.modules["onnxruntime"].InferenceSession = session
+    with pytest.raises(BackendUnavailable, match="its CUDA provider could not be loaded"):
+        on_gpu(backend="onnxruntime")
+
+
 def test_auto_takes_the_cpu_where_cuda_cannot_be_used(
     machine: fake_cuda.Machine, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -369,13 +380,7 @@ def test_auto_takes_the_cpu_where_cuda_cannot_be_used(
 @pytest.mark.parametrize("pad", [0, 20])
 def test_a_picture_on_a_gpu_stays_there(machine: fake_cuda.Machine, dtype: type, pad: int) -> None:
     with on_gpu(batch=2) as opened:
-        for (height, width), tile in [
-            ((1, 1), None),
-            ((7, 5), None),
-            ((64, 40), None),
-            ((150, 201), 16),
-            ((90, 33), 40),
-        ]:
+        for height, width, tile in [(1, 1, None), (7, 5, None), (64, 40, None), (150, 201, 16), (90, 33, 40)]:
             image = photo(height, width, dtype=dtype)
             array = fake_cuda.Array(machine, image, pad=pad)
             result = opened.upscale(array, tile)
@@ -497,3 +502,23 @@ def test_a_shared_lock_is_held_alone_or_together() -> None:
 
 def test_importing_the_runtime_loads_no_cuda_library() -> None:
     assert importlib.import_module("sdk.backends.cuda").LIBRARIES[0][1] == "pycuda.driver"
+
+
+@pytest.mark.gpu
+def test_pixels_on_a_real_gpu() -> None:
+    """Plain runs, captured and replayed graphs, tiles in lanes, and a picture that stays on the GPU."""
+    try:
+        opened = Upscaler("fast-x2", backend="onnxruntime", device="cuda:0", precision="fp32", batch=2)
+    except BackendUnavailable as exc:
+        pytest.skip(str(exc))
+    with opened, Upscaler("fast-x2", backend="onnxruntime", device="cpu") as on_cpu:
+        for seed in range(8):
+            image = photo(96, 120, seed=seed)
+            assert abs(opened.upscale(image) - on_cpu.upscale(image).astype(int)).max() <= 1
+        image = photo(600, 700)
+        whole = on_cpu.upscale(image).astype(int)
+        assert abs(opened.upscale(image, tile=128) - whole).max() <= 1
+        device = opened._backends["uint8"].on_device(0).gpu
+        array = DeviceArray(device, image.shape, image.dtype)
+        device.upload(array.address, image, device.new_stream())
+        assert abs(opened.upscale(array, tile=128).copy_to_host() - whole).max() <= 1

@@ -249,6 +249,11 @@ def _open_session(onnxruntime: Any, graph: str, index: int) -> Any:
     try:
         session = onnxruntime.InferenceSession(graph, options, providers=[("CUDAExecutionProvider", cuda)])
     except Exception as exc:  # ONNX Runtime raises its own classes straight below Exception
+        if "assigned to the default CPU EP" in str(exc):
+            raise BackendUnavailable(
+                f"onnxruntime cannot use cuda:{index}: its CUDA provider could not be loaded, or lacks something that "
+                "the model needs; pip install 'sr-sdk[gpu]' brings the CUDA and cuDNN that fit"
+            ) from exc
         raise translate(exc, f"{graph} cannot be loaded on cuda:{index}") from exc
     if session.get_providers()[0] != "CUDAExecutionProvider":
         raise BackendUnavailable(
