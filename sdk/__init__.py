@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .bundle import Bundle
+from .device_arrays import DeviceArray
 from .errors import (
     BackendError,
     BackendUnavailable,
@@ -22,6 +23,7 @@ __all__ = [
     "BackendUnavailable",
     "Bundle",
     "BundleError",
+    "DeviceArray",
     "ImageError",
     "OptionError",
     "OutOfMemory",

@@ -45,8 +45,8 @@ def test_import_takes_none_of_them_when_they_are_there() -> None:
 
 def test_public_names_are_pinned() -> None:
     assert sorted(sdk.__all__) == [
-        "BackendError", "BackendUnavailable", "Bundle", "BundleError", "ImageError", "OptionError", "OutOfMemory",
-        "OutputError", "SRError", "Stats", "Upscaler", "__version__",
+        "BackendError", "BackendUnavailable", "Bundle", "BundleError", "DeviceArray", "ImageError", "OptionError",
+        "OutOfMemory", "OutputError", "SRError", "Stats", "Upscaler", "__version__",
     ]  # fmt: skip
 
 
