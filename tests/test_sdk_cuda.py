@@ -373,6 +373,33 @@ def test_auto_takes_the_cpu_where_cuda_cannot_be_used(
         Upscaler(bundles.shared("blur"), backend="onnxruntime", device="cuda:0")
 
 
+def test_an_fp16_engine_is_checked_once(machine: fake_cuda.Machine) -> None:
+    with on_gpu("unet", device="cuda:0,1", precision="fp16") as opened:
+        assert opened.info["precision"] == "fp16"
+        checks = len(machine.runs)
+        opened.upscale(photo(8, 8))
+        assert checks == 4 and len(machine.runs) == 5, "fp16 and fp32 on each GPU"
+
+
+def test_an_fp16_engine_that_makes_black_is_refused(
+    machine: fake_cuda.Machine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = onnxruntime_cuda.OnnxRuntimeCudaBackend.run
+
+    def overflowing(self: onnxruntime_cuda.OnnxRuntimeCudaBackend, batch: np.ndarray) -> np.ndarray:
+        result = run(self, batch)
+        if self.precision == "fp16":
+            result[:, :, 2:10] = 0  # what a cast makes of NaN
+        return result
+
+    monkeypatch.setattr(onnxruntime_cuda.OnnxRuntimeCudaBackend, "run", overflowing)
+    for options in ({"backend": "onnxruntime", "precision": "auto"}, {"precision": "fp16"}):
+        with pytest.raises(BackendError, match="wrong in fp16 .* use precision='fp32'"):
+            on_gpu("unet", **options)
+    with on_gpu("unet", device="auto", precision="auto") as opened:
+        assert opened.info["device"] == "cpu" and "wrong in fp16" in caplog.text
+
+
 # Pictures on a GPU
 
 

@@ -49,14 +49,15 @@ COMPLAINTS = {
             "test_export_bundle.py::test_weights_beyond_half_precision_are_refused",
             "test_sdk_upscaler.py::test_nan_from_an_engine_is_an_error",
             "test_sdk_stress.py::test_nan_is_an_error_that_names_the_stage_and_the_way_out",
+            "test_sdk_cuda.py::test_an_fp16_engine_that_makes_black_is_refused",
         ),
-        missing="a check of 8-bit results of fp16 engines on the machine they run on; NaN there becomes black",
     ),
     4: Complaint(
         "out of memory although tiling is on",
         (
             "test_sdk_stress.py::test_too_little_memory_halves_the_batch_then_the_tile",
             "test_sdk_stress.py::test_a_window_that_does_not_fit_is_cut",
+            "test_sdk_cuda.py::test_too_little_memory_halves_the_batch_then_the_window",
             "test_sdk_stress.py::test_memory_that_is_short_for_a_while",
             "test_sdk_stress.py::test_a_tile_that_did_not_fit_is_not_tried_again",
             "test_sdk_stress.py::test_memory_does_not_grow_with_the_number_of_pictures",
@@ -97,6 +98,7 @@ COMPLAINTS = {
         (
             "test_sdk_backends.py::test_cuda_is_never_replaced_in_silence",
             "test_sdk_backends.py::test_a_provider_that_falls_back_is_refused",
+            "test_sdk_cuda.py::test_a_provider_that_does_not_load_is_told",
             "test_sdk_backends.py::test_precisions_are_never_replaced_in_silence",
         ),
     ),
@@ -148,6 +150,7 @@ COMPLAINTS = {
         (
             "test_sdk_stress.py::test_eight_threads_of_fifty_pictures_get_what_one_gets",
             "test_sdk_stress.py::test_batches_from_eight_threads_are_what_one_gets",
+            "test_sdk_cuda.py::test_eight_threads_share_two_lanes",
             "test_sdk_backends.py::test_eight_threads_get_what_one_gets",
             "test_sdk_stress.py::test_upscale_many_in_several_threads",
         ),
@@ -177,8 +180,9 @@ COMPLAINTS = {
             "test_sdk_stress.py::test_steps_run_beside_each_other",
             "test_sdk_stress.py::test_windows_run_in_batches",
             "test_sdk_upscaler.py::test_a_batch_of_frames_is_what_each_gives_alone",
+            "test_sdk_cuda.py::test_tiles_run_in_lanes",
+            "test_sdk_cuda.py::test_two_gpus_share_the_windows",
         ),
-        missing="pinned double buffers, which only a GPU backend has use for",
     ),
 }
 

@@ -7,9 +7,10 @@ import logging
 import os
 import re
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 
 LOG = logging.getLogger(__name__)
 PRECISIONS = ("auto", "fp32", "fp16", "bf16")
+
+CHECK_STRIDES = 8  # side of the picture that a new fp16 engine is checked with
+MIN_HALF_PSNR_DB = 35.0  # on that picture; the gate at export is 50, on photographs
 
 # Name -> module. Each module has `open_backend(request) -> Backend`.
 MODULES = {"onnxruntime": ".onnxruntime", "openvino": ".openvino"}
@@ -178,7 +182,31 @@ def check_request(name: str, request: Request) -> None:
 def _open(name: str, request: Request) -> Backend:
     module = importlib.import_module(MODULES[name], __package__)
     numbers = request.device.removeprefix("cuda:").split(",")
-    if len(numbers) == 1:
-        backend: Backend = module.open_backend(request)
-        return backend
-    return Several([module.open_backend(replace(request, device=f"cuda:{number}")) for number in numbers])
+    devices = [request.device] if len(numbers) == 1 else [f"cuda:{number}" for number in numbers]
+    opened: list[Backend] = []
+    for device in devices:
+        backend = module.open_backend(replace(request, device=device))
+        if backend.precision == "fp16":
+            _check_half(backend, module, request)
+        opened.append(backend)
+    return opened[0] if len(opened) == 1 else Several(opened)
+
+
+def _check_half(backend: Backend, module: Any, request: Request) -> None:
+    """Hold a new fp16 engine against fp32 on the same device: NaN would come out of it as black pixels.
+
+    Raises: BackendError if they differ by more than rounding.
+    """
+    side = CHECK_STRIDES * request.stage.stride
+    ramp = np.linspace(0, 255, side)[None, :, None] * [1.0, 0.5, 0.0]
+    noise = np.random.default_rng(0).integers(0, 256, (side, side, 3))
+    picture = np.where(np.arange(side)[:, None, None] < side // 2, ramp, noise).astype(np.uint8)[None]
+    with closing(module.open_backend(replace(request, device=backend.device, precision="fp32"))) as reference:
+        error = backend.run(picture).astype(np.float32) - reference.run(picture)
+    psnr = 10 * np.log10(255**2 / max(float(np.square(error).mean()), 1e-6))
+    if psnr < MIN_HALF_PSNR_DB:
+        backend.close()
+        raise BackendError(
+            f"stage {request.stage.name!r} on {backend.name}, {backend.device} is wrong in fp16 ({psnr:.1f} dB to "
+            "fp32): use precision='fp32' or another stage"
+        )
