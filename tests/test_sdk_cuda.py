@@ -394,7 +394,7 @@ def test_an_fp16_engine_that_makes_black_is_refused(
 
     monkeypatch.setattr(onnxruntime_cuda.OnnxRuntimeCudaBackend, "run", overflowing)
     for options in ({"backend": "onnxruntime", "precision": "auto"}, {"precision": "fp16"}):
-        with pytest.raises(BackendError, match="wrong in fp16 .* use precision='fp32'"):
+        with pytest.raises(BackendError, match=r"wrong in fp16 .* use precision='fp32'"):
             on_gpu("unet", **options)
     with on_gpu("unet", device="auto", precision="auto") as opened:
         assert opened.info["device"] == "cpu" and "wrong in fp16" in caplog.text
