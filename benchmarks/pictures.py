@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from sdk import ImageError, files, pixels
+from sdk import ImageError, files, planes
 
 BILINEAR = Image.Resampling.BILINEAR
 BICUBIC = Image.Resampling.BICUBIC
@@ -34,7 +34,7 @@ def read_picture(path: Path) -> np.ndarray:
     image, _ = files.read(path)
     if image.dtype != np.uint8:
         raise ImageError(f"{path}: {image.dtype}; benchmarks take 8-bit pictures, convert it first")
-    return pixels.split(image).colour
+    return planes.split(image).colour
 
 
 def enlarge(lr: np.ndarray, scale: int, *, resample: Image.Resampling) -> np.ndarray:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -132,29 +132,25 @@ def write(
     frames: RGBA of one size, as many as `like` has; loops, ICC profile and EXIF are taken from `like`.
     quality, subsampling, lossless: as for files.write.
     GIF: each frame gets its own palette, alpha becomes visible or not, times are rounded to 10 ms without drift.
-    WebP: libwebp joins equal frames and adds their times. GIF holds neither ICC profile nor EXIF, AVIF no loops.
-    Raises: OutputError if frames are missing or too many, or it cannot be written; what `frames` raises passes if it is
-    an SRError.
+    WebP: libwebp joins equal frames and adds their times. GIF holds neither ICC profile nor EXIF and is brought to
+    sRGB; AVIF holds no loops.
+    Raises: OutputError if frames are missing or too many, or it cannot be written; what `frames` raises passes, but
+    for OSError.
     """
-    files.check_quality(quality)
+    quality = files.check_quality(quality)
     files.check_subsampling(subsampling)
     check_output(path, like.size, overwrite=overwrite)
     kind = files.FORMATS[path.suffix.lower()]
-    metadata = like.metadata
-    if metadata.icc_profile and not pixels.fits_profile(metadata.icc_profile, "RGB"):
-        LOG.warning("%s: the ICC profile is not of the result's colour space and is dropped", path)
-        metadata = replace(metadata, icc_profile=None)
-    with files.new_file(path, overwrite=overwrite) as stream:
-        counted = _counted(frames, like.count)
+    metadata = files.fit_metadata(path, like.metadata, channels=4)
+    counting = _counted(frames, like.count)
+    with files.new_file(path, overwrite=overwrite) as stream, files.encoding(path, counting) as counted:
         if kind == "GIF":
-            gif.write(stream, counted, plays=like.plays)
+            convert = pixels.srgb_converter(like.metadata.icc_profile, name=path)
+            gif.write(stream, ((convert(image), duration) for image, duration in counted), plays=like.plays)
         elif kind == "PNG":
             png.write_animation(stream, counted, count=like.count, plays=like.plays, metadata=metadata)
         else:
-            options = files.encoder_options(kind, quality=quality, subsampling=subsampling, lossless=lossless)
-            for key in ("icc_profile", "exif"):
-                if getattr(metadata, key):
-                    options[key] = getattr(metadata, key)
+            options = files.encoder_options(kind, metadata, quality=quality, subsampling=subsampling, lossless=lossless)
             lazy = _LazyFrames(counted, like.count)
             lazy.save(stream, kind, save_all=True, duration=lazy.durations, loop=like.plays, **options)
             next(counted, None)  # raises if there are more

@@ -188,6 +188,8 @@ def find_bundle(model: str | Path | None) -> Path:
     """
     if model is None:
         model = DEFAULT_MODEL
+    if not isinstance(model, (str, os.PathLike)):
+        raise BundleError(f"model {model!r}: the name of a shipped model or a folder")
     if isinstance(model, str) and model in shipped_models():
         return MODELS_DIR / model
     folder = Path(model)

@@ -16,12 +16,18 @@ from typing import Any
 import click
 
 from . import files, jobs, video
-from .errors import OptionError, OutputError, SRError
+from .errors import ImageError, OptionError, OutputError, SRError
 from .jobs import Job
 from .upscaler import SEAMS, Upscaler
 from .version import __version__
 
-INTERRUPTED = 130  # the exit status of a program that Ctrl-C ended
+# Read, but not written: in a folder of results they become PNG.
+READ_ONLY = {
+    ".jpe", ".jfif", ".mpo", ".avifs", ".ppm", ".pgm", ".pbm", ".pnm", ".pfm", ".jp2", ".j2k", ".j2c", ".jpc", ".jpf",
+    ".jpx", ".tga", ".icb", ".vda", ".vst", ".ico",
+}  # fmt: skip
+# Signal -> what it did. The exit status is 128 and its number, as of a program that it ended.
+ENDING = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -29,7 +35,7 @@ INTERRUPTED = 130  # the exit status of a program that Ctrl-C ended
 @click.option("-o", "--output", required=True, help="A file for one input, else a folder (made if missing).")
 @click.option("--model", help="A shipped model or a bundle folder.")
 @click.option("--backend", default="auto", show_default=True, help="auto, onnxruntime or openvino.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda:N.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda:N or cuda:N,M (tiles shared out).")
 @click.option("--precision", default="auto", show_default=True, help="auto, fp32, fp16 or bf16.")
 @click.option("--stage", default="auto", show_default=True, help="Resolution stage of the model.")
 @click.option("--factor", type=float, help="Enlarge by this instead of the model's factor.")
@@ -79,7 +85,7 @@ def main(
     """Enlarge pictures and videos: files, globs, or folders (all pictures in them)."""
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(message)s")
     logging.captureWarnings(True)
-    _end_at_once_on_interrupt()
+    _end_at_once_on_signals()
     engine = {key: options.pop(key) for key in ("model", "backend", "device", "precision", "stage", "seams")}
     memory_mib = options.pop("memory_mib")
     try:
@@ -132,18 +138,19 @@ def _enlarge_video(upscaler: Upscaler, job: Job, **options: Any) -> None:
         video.upscale_video(upscaler, job.source, job.target, progress=show, **options)
 
 
-def _end_at_once_on_interrupt() -> None:
-    """Let Ctrl-C end the program while engines and encoders are at work in threads, which cannot be stopped."""
+def _end_at_once_on_signals() -> None:
+    """Let signals end the program while engines and encoders are at work in threads, which cannot be stopped."""
     if threading.current_thread() is not threading.main_thread():
         return
 
-    def end(*_: object) -> None:
+    def end(number: int, _: object) -> None:
         files.remove_unfinished()
         # No click.echo: the signal may have come in the middle of one.
-        os.write(2, b"\ninterrupted: finished files are kept\n")
-        os._exit(INTERRUPTED)
+        os.write(2, f"\n{ENDING[signal.Signals(number)]}: finished files are kept\n".encode())
+        os._exit(128 + number)
 
-    signal.signal(signal.SIGINT, end)
+    for number in ENDING:
+        signal.signal(number, end)
 
 
 def _size(width: int | None, height: int | None, factor: float | None) -> tuple[int | None, int | None] | None:
@@ -159,23 +166,34 @@ def plan_jobs(
 ) -> tuple[list[Job], Path | None]:
     """Pair every input picture with its output files, and give the output folder if one is needed.
 
-    Raises: OutputError if an input matches nothing, or two results would become one file.
+    Raises: OutputError if an input matches nothing, or two results would become one file; ImageError for a folder that
+    cannot be read.
     """
     sources, several = _expand(inputs)
-    folder = Path(output) if several or os.path.isdir(output) or output.endswith("/") else None
+    is_folder = several or os.path.isdir(output) or output.endswith((os.sep, os.altsep or os.sep))
+    folder = Path(output) if is_folder else None
     jobs = []
     for source in sources:
         target = folder / source.name if folder else Path(output)
         if suffix:
             target = target.with_suffix(f".{suffix}")
+        elif folder and target.suffix.lower() in READ_ONLY:
+            target = target.with_suffix(".png")
         jobs.append(Job(source, target, target.with_name(f"{target.stem}.compare.png") if panels else None))
-    taken: dict[Path, Path] = {}
+    taken: dict[str, Path] = {}
     for job in jobs:
         for target in job.targets:
-            if target in taken:
-                raise OutputError(f"{taken[target]} and {job.source} would both become {target}")
-            taken[target] = job.source
+            key = _key(target)
+            if key in taken:
+                raise OutputError(f"{taken[key]} and {job.source} would both become {target}")
+            taken[key] = job.source
     return jobs, folder
+
+
+def _key(path: Path) -> str:
+    """Give what is equal for the names of one file: on Windows, and on most disks of a Mac, case does not count."""
+    name = os.path.normcase(path)
+    return name.lower() if sys.platform == "darwin" else name
 
 
 def _make_folder(folder: Path) -> None:
@@ -192,7 +210,7 @@ def _expand(inputs: tuple[str, ...]) -> tuple[list[Path], bool]:
     for text in inputs:
         path = Path(text)
         if os.path.isdir(path):
-            found = sorted(p for p in path.iterdir() if p.suffix.lower() in files.FORMATS and p.is_file())
+            found = _pictures(path)
             several = True
         elif os.path.exists(path):
             found = [path]
@@ -203,6 +221,15 @@ def _expand(inputs: tuple[str, ...]) -> tuple[list[Path], bool]:
             raise OutputError(f"{text}: no such file, or no pictures in it")
         sources.extend(found)
     return sources, several
+
+
+def _pictures(folder: Path) -> list[Path]:
+    """List the pictures of a folder, by name. Raises: ImageError if it cannot be read."""
+    readable = READ_ONLY.union(files.FORMATS)
+    try:
+        return sorted(path for path in folder.iterdir() if path.suffix.lower() in readable and path.is_file())
+    except OSError as exc:
+        raise ImageError(f"{folder}: the folder cannot be read ({exc.strerror})") from exc
 
 
 if __name__ == "__main__":

@@ -7,10 +7,10 @@ import errno
 import logging
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -20,6 +20,7 @@ from .errors import OptionError, OutputError, SRError
 from .opening import MAX_PIXELS, Metadata
 
 LOG = logging.getLogger(__name__)
+Item = TypeVar("Item")
 # Suffix -> Pillow's format.
 FORMATS = {
     ".png": "PNG",
@@ -33,9 +34,12 @@ FORMATS = {
     ".bmp": "BMP",
     ".gif": "GIF",
 }
+PLAIN = ("BMP", "GIF")  # hold neither ICC profile nor EXIF
+MAX_JPEG_EXIF = 65533  # bytes of a marker
 MAX_SIDE = {"JPEG": 65500, "WEBP": 16383, "GIF": 65535, "AVIF": 65536}
 PHOTOMETRIC, WHITE_IS_ZERO = 262, 0
 PNG_LEVEL = 4  # a third of level 6's time for half a percent more bytes (measured, on photographs)
+ODD_GAMMA = "its PNG gamma is neither applied nor kept, colours may look different; convert it to sRGB first"
 SUBSAMPLINGS = ("4:4:4", "4:2:2", "4:2:0")
 # What a file system without hard links answers.
 NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EMLINK, errno.EXDEV}
@@ -51,32 +55,47 @@ def read(path: Path, *, max_pixels: int | None = MAX_PIXELS) -> tuple[np.ndarray
     Raises: ImageError if the file is missing, not a picture, truncated, or larger than the limit; BackendUnavailable
     if it is one of those for which Pillow does not do and pyvips is not installed (colour of more than 8 bits).
     """
+    return _read_source(path, path, max_pixels)
+
+
+def read_bytes(
+    data: bytes, *, name: object = "the picture", max_pixels: int | None = MAX_PIXELS
+) -> tuple[np.ndarray, Metadata]:
+    """Read a picture from the bytes of a file, like what a web form sent, as `read` does and raising as it does.
+
+    name: of the picture, in messages.
+    """
+    return _read_source(bytes(data), name, max_pixels)
+
+
+def _read_source(source: Path | bytes, name: object, max_pixels: int | None) -> tuple[np.ndarray, Metadata]:
     opening.check_max_pixels(max_pixels)
-    with opening.told(path):
+    with opening.told(name):
         try:
-            with opening.opened(path, max_pixels=max_pixels) as image:
-                return _read(path, image, max_pixels)
+            with opening.opened(source, max_pixels=max_pixels) as image:
+                return _read(source, image, name, max_pixels)
         except UnidentifiedImageError:
-            if not opening.is_tiff(path):
+            if not opening.is_tiff(source):
                 raise
-        return _read_odd_tiff(path, max_pixels)
+        return _read_odd_tiff(source, name, max_pixels)
 
 
-def _read(path: Path, image: Any, max_pixels: int | None) -> tuple[np.ndarray, Metadata]:
+def _read(source: Path | bytes, image: Any, name: object, max_pixels: int | None) -> tuple[np.ndarray, Metadata]:
     depth = opening.depth(image)
     if getattr(image, "n_frames", 1) > 1:
-        LOG.warning("%s: %d frames, only the first is read", path, image.n_frames)
+        LOG.warning("%s: %d frames, only the first is read", name, image.n_frames)
+    if opening.has_odd_gamma(image):
+        LOG.warning("%s: %s", name, ODD_GAMMA)
     if (depth > 8 and not image.mode.startswith("I")) or (image.mode == "I;16" and "transparency" in image.info):
         orientation = image.getexif().get(opening.ORIENTATION)
-        array = vips.read(path, str(image.format), max_pixels=max_pixels)
+        array = vips.read(source, str(image.format), name=name, max_pixels=max_pixels)
         # libheif has turned the picture already.
         array = array if image.format == "AVIF" else opening.turn(array, orientation)
     elif depth > 8:
         array = opening.turn(_grey16(image, depth), image.getexif().get(opening.ORIENTATION))
     else:
         image.load()
-        opening.check_size(image.size, max_pixels)  # what lies inside an ICO has a size of its own
-        array = pixels.from_pil(ImageOps.exif_transpose(image), name=path)
+        array = pixels.from_pil(ImageOps.exif_transpose(image), name=name)
     metadata = opening.take_metadata(image)
     if image.mode in pixels.PROFILED:  # the profile has been used
         metadata = replace(metadata, icc_profile=None)
@@ -97,14 +116,13 @@ def _grey16(image: Any, depth: int) -> np.ndarray:
     return array
 
 
-def _read_odd_tiff(path: Path, max_pixels: int | None) -> tuple[np.ndarray, Metadata]:
+def _read_odd_tiff(source: Path | bytes, name: object, max_pixels: int | None) -> tuple[np.ndarray, Metadata]:
     """Read a TIFF whose layout Pillow does not know, like 16-bit grey with alpha or colour in floating point."""
-    array = vips.read(path, "TIFF", max_pixels=max_pixels)
-    exif = Image.Exif()
-    with open(path, "rb") as stream:
-        exif.load_from_fp(stream)
+    array = vips.read(source, "TIFF", name=name, max_pixels=max_pixels)
+    with opening.open_source(source) as stream:
+        exif = tiff.read_exif(stream)
         orientation, profile = exif.get(opening.ORIENTATION), exif.get(tiff.ICC_PROFILE)
-        block = opening.pack_exif(exif, tiff=True)
+        block = opening.pack_exif(exif)
     return opening.turn(array, orientation), Metadata(profile if isinstance(profile, bytes) else None, block)
 
 
@@ -170,28 +188,23 @@ def write(
     Raises: OptionError for another quality or subsampling; OutputError if it cannot be written (disk full, no
     permission, a format without alpha or 16 bits, or the file exists and may not be replaced).
     """
-    check_quality(quality)
+    quality = check_quality(quality)
     check_subsampling(subsampling)
     check_output(path, overwrite=overwrite)
     check_format(path, image, scale=1)
     kind = FORMATS[path.suffix.lower()]
     image = image[:, :, None] if image.ndim == 2 else image
-    colour_space = "RGB" if kind in ("WEBP", "AVIF") or image.shape[2] >= 3 else "L"
-    metadata = metadata if kind in ("PNG", "JPEG", "WEBP", "AVIF", "TIFF") else Metadata()
-    if metadata.icc_profile and not pixels.fits_profile(metadata.icc_profile, colour_space):
-        LOG.warning("%s: the ICC profile is not of the result's colour space and is dropped", path)
-        metadata = replace(metadata, icc_profile=None)
-    with new_file(path, overwrite=overwrite) as stream:
+    if kind in PLAIN:
+        image = pixels.srgb_converter(metadata.icc_profile, name=path)(image)
+    metadata = fit_metadata(path, metadata, channels=image.shape[2])
+    with new_file(path, overwrite=overwrite) as stream, encoding(path):
         if kind == "TIFF":
             tiff.write(stream, image, metadata)
         elif image.dtype == np.uint16:
             png.write_deep(stream, image, metadata)
         else:
             picture, options = _prepare(kind, image)
-            options |= encoder_options(kind, quality=quality, subsampling=subsampling, lossless=lossless)
-            for key in ("icc_profile", "exif"):
-                if getattr(metadata, key):
-                    options[key] = getattr(metadata, key)
+            options |= encoder_options(kind, metadata, quality=quality, subsampling=subsampling, lossless=lossless)
             picture.save(stream, kind, **options)
 
 
@@ -205,11 +218,26 @@ def _prepare(kind: str, image: np.ndarray) -> tuple[Image.Image, dict[str, Any]]
     return pixels.to_pil(image), {}
 
 
-def encoder_options(kind: str, *, quality: int, subsampling: str, lossless: bool) -> dict[str, Any]:
+def fit_metadata(path: Path, metadata: Metadata, *, channels: int) -> Metadata:
+    """Leave out, and say so, what a file's format cannot hold or does not belong to its number of channels."""
+    kind = FORMATS[path.suffix.lower()]
+    if kind in PLAIN:
+        return Metadata()
+    colour_space = "RGB" if kind in ("WEBP", "AVIF") or channels >= 3 else "L"
+    if metadata.icc_profile and not pixels.fits_profile(metadata.icc_profile, colour_space):
+        LOG.warning("%s: the ICC profile is not of the result's colour space and is dropped", path)
+        metadata = replace(metadata, icc_profile=None)
+    if kind == "JPEG" and len(metadata.exif or b"") > MAX_JPEG_EXIF:
+        LOG.warning("%s: the EXIF data are longer than JPEG can hold and are dropped", path)
+        metadata = replace(metadata, exif=None)
+    return metadata
+
+
+def encoder_options(kind: str, metadata: Metadata, *, quality: int, subsampling: str, lossless: bool) -> dict[str, Any]:
     """Give Pillow's options for a format, without those that it does not have."""
+    options = {key: value for key, value in vars(metadata).items() if value}
     if kind == "WEBP" and lossless:
-        return {"lossless": True, "quality": 100, "exact": True}  # exact: hidden colour too
-    options: dict[str, Any] = {}
+        return options | {"lossless": True, "quality": 100, "exact": True}  # exact: hidden colour too
     if kind in ("JPEG", "WEBP", "AVIF"):
         options["quality"] = quality
     if kind in ("JPEG", "AVIF"):
@@ -224,7 +252,7 @@ def new_file(path: Path, *, overwrite: bool) -> Iterator[BinaryIO]:
     """Open a file that appears under its name when the block ends, complete and on the disk, or not at all.
 
     Without `overwrite` it is not replaced even if another program makes one of that name in the meantime.
-    Raises: OutputError if it cannot be written; an SRError from inside the block passes.
+    Raises: OutputError if the system does not let it be written; other errors from inside the block pass.
     """
     temporary = path.with_name(f".sr-{secrets.token_hex(8)}.part")
     _unfinished.add(temporary)
@@ -233,20 +261,49 @@ def new_file(path: Path, *, overwrite: bool) -> Iterator[BinaryIO]:
             yield stream
             stream.flush()
             os.fsync(stream.fileno())
-        if overwrite:
-            os.replace(temporary, path)
-        else:
-            _claim(temporary, path)
+        with encoding(path):  # ValueError: a name that the system refuses
+            if overwrite:
+                os.replace(temporary, path)
+            else:
+                _claim(temporary, path)
         _sync_folder(path.parent)
-    except SRError:
-        raise
-    except Exception as exc:  # OSError of the system; Pillow's encoders raise nearly anything
-        reason = getattr(exc, "strerror", None) or opening.one_line(exc) or type(exc).__name__
-        raise OutputError(f"{path}: cannot be written ({reason})") from exc
+    except (OSError, MemoryError) as exc:
+        raise _cannot_be_written(path, exc) from exc
     finally:
         with contextlib.suppress(OSError, ValueError):  # ValueError: a folder with a name that the system refuses
             temporary.unlink(missing_ok=True)
         _unfinished.discard(temporary)
+
+
+@contextlib.contextmanager
+def encoding(path: Path, items: Iterable[Item] = ()) -> Iterator[Iterator[Item]]:
+    """Turn whatever an encoder raises in the block into an OutputError, but not what the items that it draws raise.
+
+    Gives: the items.
+    """
+    failure: Exception | None = None
+
+    def drawn() -> Iterator[Item]:
+        nonlocal failure
+        try:
+            yield from items
+        except Exception as exc:
+            failure = exc
+            raise
+
+    try:
+        yield drawn()
+    except SRError:
+        raise
+    except Exception as exc:  # Pillow's encoders raise nearly anything
+        if exc is failure:
+            raise
+        raise _cannot_be_written(path, exc) from exc
+
+
+def _cannot_be_written(path: Path, exc: Exception) -> OutputError:
+    reason = getattr(exc, "strerror", None) or opening.one_line(exc) or type(exc).__name__
+    return OutputError(f"{path}: cannot be written ({reason})")
 
 
 def remove_unfinished() -> None:
@@ -284,10 +341,12 @@ def _sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-def check_quality(quality: int) -> None:
-    """Raise OptionError unless quality is a whole number from 1 to 100."""
-    if not isinstance(quality, int) or not 1 <= quality <= 100:
+def check_quality(quality: int) -> int:
+    """Give the quality as an int. Raises: OptionError unless it is a whole number from 1 to 100."""
+    number = opening.whole_number(quality)
+    if number is None or not 1 <= number <= 100:
         raise OptionError(f"quality {quality!r}: a number from 1 to 100")
+    return number
 
 
 def check_subsampling(subsampling: str) -> None:

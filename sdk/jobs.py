@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +15,9 @@ import numpy as np
 
 from . import animation, compare, files, large, pipeline, resize, vips
 from .animation import Animation, Frame
-from .errors import SRError
+from .errors import OutOfMemory, SRError
 from .files import MAX_PIXELS, Metadata
-from .stats import Meter
+from .stats import Meter, Stats
 
 if TYPE_CHECKING:
     from .upscaler import Upscaler
@@ -44,11 +45,6 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Streamed:
-    """Stands for a picture that is read, enlarged and written in bands, all in the last step."""
-
-
-@dataclass(frozen=True)
 class Job:
     """One picture to enlarge: from `source` to `target`, and a comparison to `panel`."""
 
@@ -62,10 +58,23 @@ class Job:
         return [self.target, self.panel] if self.panel else [self.target]
 
 
+@dataclass(frozen=True)
+class Enlarged:
+    """What a job has still to write.
+
+    picture: with its metadata; None if it went out in frames or bands. shown: a picture before and after, for the
+    panel. spent: up to now; None if it is in the totals already.
+    """
+
+    picture: tuple[np.ndarray, Metadata] | None = None
+    shown: tuple[np.ndarray, np.ndarray] | None = None
+    spent: Stats | None = None
+
+
 def run_file(upscaler: Upscaler, job: Job, options: Options) -> None:
     """Enlarge one file. Raises: SRError; no partial file stays."""
     steps = Steps(upscaler, options)
-    steps.encode(job, steps.compute(steps.decode(job)))
+    steps.encode(job, steps.decode(job)())
 
 
 def run_files(
@@ -74,7 +83,9 @@ def run_files(
     """Enlarge many files; yield each job in order, with its error if it failed."""
     steps = Steps(upscaler, options)
     encoders = min(MAX_ENCODERS, _cores())
-    work = pipeline.overlap(jobs, decode=steps.decode, compute=steps.compute, encode=steps.encode, encoders=encoders)
+    work = pipeline.overlap(
+        jobs, decode=steps.decode, compute=lambda enlarge: enlarge(), encode=steps.encode, encoders=encoders
+    )
     with closing(work) as results:
         yield from results
 
@@ -86,89 +97,115 @@ def _cores() -> int:
 
 @dataclass(frozen=True)
 class Steps:
-    """The three steps of a file. What comes in frames or bands is enlarged and written in the last."""
+    """The three steps of a file; the second is to call what the first gives.
+
+    What comes in frames or bands is written in the second, too: only one of them is under way at a time.
+    """
 
     upscaler: Upscaler
     options: Options
 
-    def decode(self, job: Job) -> Any:
-        """Read a still picture, or open an animation; refuse what cannot be done before the work."""
-        options = self.options
+    def decode(self, job: Job) -> Callable[[], Enlarged]:
+        """Read a still picture, or open an animation; refuse what cannot be done before the work.
+
+        Returns: what enlarges it, and writes what comes in frames or bands.
+        """
+        options, meter = self.options, Meter()
         files.check_quality(options.quality)
         files.check_subsampling(options.subsampling)
         # What exists already is refused first; what is no picture is told before a wrong destination.
         for target in filter(os.path.lexists, job.targets):
             files.check_output(target, overwrite=options.overwrite)
-        meter = Meter()
         if self._is_streamed(job):
-            return Streamed(), Metadata(), meter
-        source: np.ndarray | Animation
+            return partial(self._stream, job)
         with meter.part("decode"):
             moving = animation.read(job.source, max_pixels=options.max_pixels)
-            if moving:
-                source, metadata = moving, moving.metadata
-            else:
-                source, metadata = files.read(job.source, max_pixels=options.max_pixels)
-        size = source.size if isinstance(source, Animation) else source.shape[:2]
-        wanted = resize.target_size(size, scale=self.upscaler.scale, factor=options.factor, size_wanted=options.size)
-        for target in job.targets:
-            files.check_output(target, overwrite=options.overwrite)
-        if isinstance(source, Animation):
+        if moving:
+            wanted = self._check(job, moving.size)
             animation.check_output(job.target, wanted, overwrite=options.overwrite)
-        else:
-            files.check_format(job.target, source, scale=1)
-            files.check_side(job.target, wanted, scale=1)
-        return source, metadata, meter
+            return partial(self._enlarge_frames, job, moving, meter.stats(pictures=0))
+        with meter.part("decode"):
+            image, metadata = files.read(job.source, max_pixels=options.max_pixels)
+        wanted = self._check(job, image.shape[:2])
+        files.check_format(job.target, image, scale=1)
+        files.check_side(job.target, wanted, scale=1)
+        return partial(self._enlarge_still, job, image, metadata, meter.stats(pictures=0))
 
-    def compute(self, decoded: tuple[Any, Metadata, Meter]) -> tuple[Any, Any, Metadata, Meter]:
-        """Enlarge a still picture."""
-        image, metadata, meter = decoded
-        result = self._enlarge(image, meter) if isinstance(image, np.ndarray) else None
-        return image, result, metadata, meter
-
-    def encode(self, job: Job, computed: tuple[Any, Any, Metadata, Meter]) -> None:
-        """Write a still picture, or enlarge and write what comes in frames or bands."""
-        image, result, metadata, meter = computed
-        if isinstance(image, Streamed):
-            large.enlarge(self.upscaler, job.source, job.target, self.options)
-            return
-        if isinstance(image, Animation):
-            result, image = self._write_animation(job, image, meter)
-        else:
-            with meter.part("encode"):
-                files.write(job.target, result, metadata, **self._how())
-        if job.panel:
-            panel = compare.panel(image, result)
-            files.write(job.panel, panel, Metadata(), quality=self.options.quality, overwrite=self.options.overwrite)
-        self.upscaler.record(meter.stats())
+    def encode(self, job: Job, enlarged: Enlarged) -> None:
+        """Write what is not written yet: a still picture, and the panel."""
+        options, meter = self.options, Meter()
+        with meter.part("encode"):
+            if enlarged.picture:
+                image, metadata = enlarged.picture
+                files.write(job.target, image, metadata, **self._how())
+            if enlarged.shown and job.panel:
+                panel = _panel(job.panel, *enlarged.shown)
+                files.write(job.panel, panel, Metadata(), quality=options.quality, overwrite=options.overwrite)
+        if enlarged.spent:
+            self.upscaler.record(enlarged.spent + meter.stats(pictures=0))
 
     def _is_streamed(self, job: Job) -> bool:
         """Tell whether a picture is so large that it is better read and written in bands, and can be."""
-        options = self.options
-        plain = job.panel is None and options.factor is None and options.size is None
-        if not (plain and large.is_large(job.source, job.target, scale=self.upscaler.scale)):
+        if not large.is_large(job.source, job.target, scale=self.upscaler.scale):
             return False
+        obstacle = self._obstacle(job)
+        if obstacle:
+            LOG.warning("%s: needs much memory; %s", job.source, obstacle)
+        return obstacle is None
+
+    def _obstacle(self, job: Job) -> str | None:
+        """Say why a large picture cannot be streamed."""
+        options, scale = self.options, self.upscaler.scale
         if not vips.is_installed():
-            LOG.warning("%s: needs much memory; pip install 'sr-sdk[large]' to have it streamed", job.source)
-            return False
-        return True
+            return "pip install 'sr-sdk[large]' to have it streamed"
+        if job.panel:
+            return "without a comparison it would be streamed"
+        if files.FORMATS[job.target.suffix.lower()] == "JPEG" and options.subsampling not in large.SUBSAMPLE:
+            return f"with a subsampling of {' or '.join(large.SUBSAMPLE)} it would be streamed"
+        if options.factor is not None or options.size is not None:
+            height, width = large._read_header(job.source, max_pixels=None).size
+            if self._target_size((height, width)) != (height * scale, width * scale):
+                return f"{scale} times as large it would be streamed"
+        return None
+
+    def _target_size(self, size: tuple[int, int]) -> tuple[int, int]:
+        options = self.options
+        return resize.target_size(size, scale=self.upscaler.scale, factor=options.factor, size_wanted=options.size)
+
+    def _check(self, job: Job, size: tuple[int, int]) -> tuple[int, int]:
+        """Refuse a size or destination that cannot be; give the size of the result."""
+        wanted = self._target_size(size)
+        for target in job.targets:
+            files.check_output(target, overwrite=self.options.overwrite)
+        return wanted
+
+    def _stream(self, job: Job) -> Enlarged:
+        large.enlarge(self.upscaler, job.source, job.target, self.options)
+        return Enlarged()
+
+    def _enlarge_still(self, job: Job, image: np.ndarray, metadata: Metadata, spent: Stats) -> Enlarged:
+        meter = Meter()
+        result = self._enlarge(image, meter)
+        return Enlarged((result, metadata), (image, result) if job.panel else None, spent + meter.stats())
+
+    def _enlarge_frames(self, job: Job, source: Animation, spent: Stats) -> Enlarged:
+        """Enlarge and write frame by frame; the last one is shown."""
+        meter, shown = Meter(), None
+
+        def frames() -> Iterator[Frame]:
+            nonlocal shown
+            for frame in meter.each(source.frames(), "decode"):
+                result = self._enlarge(frame.image, meter)
+                shown = frame.image, result
+                with meter.part("encode"):  # by who takes the frame
+                    yield replace(frame, image=result)
+
+        animation.write(job.target, frames(), like=source, **self._how())
+        return Enlarged(None, shown, spent + meter.stats())
 
     def _enlarge(self, image: np.ndarray, meter: Meter) -> np.ndarray:
         options = self.options
         return self.upscaler.upscale_metered(image, options.tile, factor=options.factor, size=options.size, meter=meter)
-
-    def _write_animation(self, job: Job, source: Animation, meter: Meter) -> tuple[np.ndarray, np.ndarray]:
-        """Enlarge and write frame by frame; give the last frame, enlarged and as it was."""
-        shown: list[np.ndarray] = []
-
-        def frames() -> Iterator[Frame]:
-            for frame in source.frames():
-                result = self._enlarge(frame.image, meter)
-                shown[:] = [result, frame.image]
-                yield replace(frame, image=result)
-
-        animation.write(job.target, frames(), like=source, **self._how())
-        return shown[0], shown[1]
 
     def _how(self) -> dict[str, Any]:
         options = self.options
@@ -176,3 +213,10 @@ class Steps:
             "quality": options.quality, "overwrite": options.overwrite, "subsampling": options.subsampling,
             "lossless": options.lossless,
         }  # fmt: skip
+
+
+def _panel(path: Path, image: np.ndarray, enlarged: np.ndarray) -> np.ndarray:
+    try:
+        return compare.panel(image, enlarged)
+    except MemoryError as exc:
+        raise OutOfMemory(f"{path}: the comparison does not fit into memory") from exc

@@ -6,14 +6,13 @@ a picture that has to be turned goes through a nameless file beside the target, 
 
 from __future__ import annotations
 
+import io
 import logging
 import os
-import struct
 import tempfile
-import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -21,7 +20,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 from PIL import Image
 
-from . import files, opening, pixels, png, resize, tiff, vips
+from . import files, opening, png, resize, tiff, vips
 from .errors import ImageError, OptionError, OutputError, SRError
 from .opening import Metadata
 
@@ -33,14 +32,15 @@ LOG = logging.getLogger(__name__)
 LARGE_BYTES = 512 << 20  # of a result; up to here, holding it is faster
 BAND_BYTES = 2 << 20  # decoded at once
 BIG_TIFF_BYTES = 15 << 28  # uncompressed; a TIFF that might pass 4 GiB is a BigTIFF
-LONG8 = 16  # TIFF's 64-bit number
-# Pillow's format -> libvips' loader and saver, of those that need not hold the picture.
-LOADERS = {"PNG": "pngload_source", "JPEG": "jpegload_source", "MPO": "jpegload_source", "TIFF": "tiffload_source"}
+# Pillow's formats that need not be held whole to be read, and those to be written, with libvips' saver.
+READABLE = ("PNG", "JPEG", "MPO", "TIFF")
 SAVERS = {"PNG": "pngsave_target", "JPEG": "jpegsave_target", "TIFF": "tiffsave_target"}
 # Pillow's mode -> channels, of what libvips decodes to the same values.
 CHANNELS = {"1": 1, "L": 1, "LA": 2, "RGB": 3, "RGBA": 4, "I;16": 1, "I;16B": 1}
 FORMATS = {"uchar": np.dtype(np.uint8), "ushort": np.dtype(np.uint16)}  # libvips' pixels -> ours
 SUBSAMPLE = {"4:4:4": "off", "4:2:0": "on"}
+JPEG_START, JFIF = b"\xff\xd8", b"JFIF\0\1\1\0\0\1\0\1\0\0"  # version 1.1, no resolution, no thumbnail
+ICC_PART = 65519  # bytes of a profile that a JPEG marker holds
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def enlarge(upscaler: Upscaler, source: Path, target: Path, options: Options) ->
     Raises: ImageError if the source is damaged or of a kind that is not streamed; OutputError; OptionError for another
     factor or size, or JPEG in 4:2:2; BackendUnavailable without pyvips; BackendError. No partial file stays.
     """
-    files.check_quality(options.quality)
+    options = replace(options, quality=files.check_quality(options.quality))
     files.check_subsampling(options.subsampling)
     files.check_output(target, overwrite=options.overwrite)
     kind = files.FORMATS[target.suffix.lower()]
@@ -96,7 +96,11 @@ def enlarge(upscaler: Upscaler, source: Path, target: Path, options: Options) ->
     header = _read_header(source, max_pixels=options.max_pixels)
     for note in header.notes:
         LOG.warning("%s: %s", source, note)
-    result = replace(header, size=(header.size[0] * upscaler.scale, header.size[1] * upscaler.scale))
+    result = replace(
+        header,
+        size=(header.size[0] * upscaler.scale, header.size[1] * upscaler.scale),
+        metadata=files.fit_metadata(target, header.metadata, channels=header.channels),
+    )
     wanted = resize.target_size(header.size, scale=upscaler.scale, factor=options.factor, size_wanted=options.size)
     if wanted != result.size:
         raise OptionError(
@@ -110,10 +114,20 @@ def enlarge(upscaler: Upscaler, source: Path, target: Path, options: Options) ->
     kept = pyvips.cache_get_max()
     try:
         with files.new_file(target, overwrite=options.overwrite) as stream:
-            _encode(pyvips, stream, bands, result, kind, options)
+            _encode(pyvips, stream, _rows(bands, result.size[0]), result, target, options)
+        next(bands, None)  # its end counts the picture and tells on_picture, which finds the file in its place
     finally:  # libvips remembers operations, and with them the rows that they hold
         pyvips.cache_set_max(0)
         pyvips.cache_set_max(kept)
+
+
+def _rows(bands: Iterator[np.ndarray], height: int) -> Iterator[np.ndarray]:
+    """Give bands up to the last row, and not the end that comes after it."""
+    for band in bands:
+        yield band
+        height -= len(band)
+        if not height:
+            return
 
 
 def _read_header(path: Path, *, max_pixels: int | None) -> Header:
@@ -129,7 +143,7 @@ def _read_header(path: Path, *, max_pixels: int | None) -> Header:
             odd, channels = False, 1 if image.mode == "I" else 4 if "transparency" in image.info else 3
         if "LA;16B" in layouts:  # which Pillow makes RGBA of
             channels = 2
-        if kind not in LOADERS or moving or odd or channels is None or depth not in (8, 16):
+        if kind not in READABLE or moving or odd or channels is None or depth not in (8, 16):
             raise ImageError(
                 f"{kind} {image.mode} of {depth} bits cannot be read in bands; convert it to grey or RGB in 8 or 16 "
                 "bits, as PNG, JPEG or TIFF"
@@ -139,50 +153,37 @@ def _read_header(path: Path, *, max_pixels: int | None) -> Header:
             notes.append(f"{image.n_frames} frames, only the first is read")
         if image.info.get("interlace") or image.info.get("progressive"):
             notes.append("is interlaced or progressive and is decoded whole: this takes memory")
-        exif = _read_exif(path, image)
+        if opening.has_odd_gamma(image):
+            notes.append(files.ODD_GAMMA)
+        if kind == "PNG" and "exif" not in image.info and (block := png.find_exif(path)):
+            image.info["exif"] = block
+        exif = Image.Image.getexif(image)  # not the plug-in's own, which would decode a PNG to look behind its pixels
         orientation = exif.get(opening.ORIENTATION)
         # Newer Pillows give the size of a TIFF as it will be turned.
         width, height = (image.tag_v2[256], image.tag_v2[257]) if kind == "TIFF" else image.size
-        profile = image.info.get("icc_profile")
-        if profile and not pixels.fits_profile(profile, "RGB" if channels >= 3 else "L"):
-            notes.append("the ICC profile is not of the result's colour space and is dropped")
-            profile = None
         return Header(
             kind,
             size=(width, height) if orientation in opening.SWAPPED else (height, width),
             channels=channels,
             dtype=np.dtype(np.uint16 if depth == 16 else np.uint8),
             orientation=orientation if isinstance(orientation, int) and 1 <= orientation <= 8 else 1,
-            metadata=Metadata(profile or None, opening.pack_exif(exif, tiff=kind == "TIFF")),
+            metadata=Metadata(image.info.get("icc_profile") or None, opening.pack_exif(exif)),
             notes=tuple(notes),
         )
-
-
-def _read_exif(path: Path, image: Any) -> Image.Exif:
-    """Read EXIF without decoding: of a PNG that has none before its pixels, Pillow would."""
-    if image.format == "PNG" and "exif" not in image.info:
-        with open(path, "rb") as stream:
-            stream.seek(len(png.SIGNATURE))
-            while len(head := stream.read(8)) == 8 and head[4:] != b"eXIf":
-                stream.seek(int.from_bytes(head[:4], "big") + 4, os.SEEK_CUR)
-            if len(head) == 8:
-                image.info["exif"] = b"Exif\0\0" + stream.read(int.from_bytes(head[:4], "big"))
-    return Image.Image.getexif(image)
 
 
 def _decode(pyvips: Any, path: Path, header: Header) -> Iterator[np.ndarray]:
     """Give (rows, W, C) bands from top to bottom of the picture as it is stored."""
     height, width = header.size[::-1] if header.orientation in opening.SWAPPED else header.size
     rows = _band_rows(width, header)
-    with _told(pyvips, path):
-        source = pyvips.Source.new_from_file(os.fsencode(path))
-        image = getattr(pyvips.Image, LOADERS[header.kind])(source, fail_on="error", access="sequential")
+    with opening.told(path):
+        image = vips.opened(pyvips, path, header.kind)
         found = image.height, image.width, FORMATS.get(image.format)
         if found != (height, width, header.dtype) or image.bands < header.channels:
             raise ImageError(f"libvips reads {image}, {(height, width)} of {header.dtype} were expected; convert it")
         region = pyvips.Region.new(image)
     for top in range(0, height, rows):
-        with _told(pyvips, path):
+        with opening.told(path):
             data = region.fetch(0, top, width, min(rows, height - top))
         band = np.frombuffer(data, header.dtype).reshape(-1, width, image.bands)
         yield band[:, :, : header.channels]  # without samples that nobody knows the meaning of
@@ -221,47 +222,19 @@ def _band_rows(width: int, header: Header) -> int:
     return max(1, BAND_BYTES // (width * header.channels * header.dtype.itemsize))
 
 
-@contextmanager
-def _told(pyvips: Any, path: Path) -> Iterator[None]:
-    with opening.told(path):
-        try:
-            yield
-        except pyvips.Error as exc:
-            raise ImageError(f"damaged picture ({opening.one_line(exc)})") from exc
-
-
-def _write_png(stream: BinaryIO, bands: Iterator[np.ndarray], result: Header) -> None:
-    """Write an uncompressed PNG, the one format that libvips' wheel takes from a pipe without holding it."""
-    (height, width), depth = result.size, 8 * result.dtype.itemsize
-    stream.write(png.SIGNATURE)
-    kinds = (depth, png.COLOUR_TYPES[result.channels], 0, 0, 0)
-    png.write_chunk(stream, b"IHDR", struct.pack(">IIBBBBB", width, height, *kinds))
-    if result.metadata.exif:
-        png.write_chunk(stream, b"eXIf", result.metadata.exif.removeprefix(b"Exif\0\0"))
-    stored, data = zlib.compressobj(0), b""
-    rows = _band_rows(width, result)
-    for band in bands:
-        for top in range(0, len(band), rows):
-            # The reader leaves after the last pixel: it shall not have that before the bands have come to their end.
-            png.write_chunk(stream, b"IDAT", data)
-            part = band[top : top + rows].astype(result.dtype.newbyteorder(">"), order="C")
-            lines = np.zeros((len(part), 1 + part[0].nbytes), np.uint8)  # 0: no filter
-            lines[:, 1:] = part.view(np.uint8).reshape(len(part), -1)
-            data = stored.compress(lines.data)
-    png.write_chunk(stream, b"IDAT", data + stored.flush())
-    png.write_chunk(stream, b"IEND", b"")
-
-
 def _encode(
-    pyvips: Any, stream: BinaryIO, bands: Iterator[np.ndarray], result: Header, kind: str, options: Options
+    pyvips: Any, stream: BinaryIO, bands: Iterator[np.ndarray], result: Header, target: Path, options: Options
 ) -> None:
     """Write bands as they come; a thread encodes, so that this one can compute, and be interrupted."""
     encoded, feed = os.pipe()
     with ThreadPoolExecutor(1, "sr-encode") as pool:
+        kind = files.FORMATS[target.suffix.lower()]
         saved = pool.submit(_save, pyvips, encoded, stream, result, kind, options)
-        with suppress(BrokenPipeError), open(feed, "wb") as pipe:  # broken: the thread knows why
-            _write_png(pipe, bands, result)
-        saved.result()
+        with suppress(BrokenPipeError), open(feed, "wb") as pipe:  # broken: the thread knows why, or has all pixels
+            # The one format that libvips' wheel takes from a pipe without holding it.
+            png.write_stored(pipe, bands, (*result.size, result.channels), result.dtype)
+        with files.encoding(target):
+            saved.result()
 
 
 def _save(pyvips: Any, encoded: int, stream: BinaryIO, result: Header, kind: str, options: Options) -> None:
@@ -286,53 +259,57 @@ def _save(pyvips: Any, encoded: int, stream: BinaryIO, result: Header, kind: str
             "tile": True, "tile_width": tiff.TILE, "tile_height": tiff.TILE,
         },
     }  # fmt: skip
+    write = stream.write if kind == "TIFF" else _with_head(stream.write, kind, result)
     try:
         source, target = pyvips.SourceCustom(), pyvips.TargetCustom()
         source.on_read(lambda count: os.read(encoded, count))
-        target.on_write(guarded(stream.write))
+        target.on_write(guarded(write))
         target.on_seek(guarded(stream.seek))
-        image = pyvips.Image.pngload_source(source, fail_on="error", access="sequential").copy()
-        image.set_type(pyvips.GValue.gint_type, "concurrency", 1)  # buffers grow with threads, and encoders use one
-        if result.metadata.icc_profile:
-            image.set_type(pyvips.GValue.blob_type, "icc-profile-data", result.metadata.icc_profile)
-        getattr(image, SAVERS[kind])(target, **saver_options[kind])
+        image = pyvips.Image.pngload_source(source, fail_on="error", access="sequential")
+        getattr(image, SAVERS[kind])(target, strip=True, **saver_options[kind])
     except pyvips.Error as exc:
         if failed:
             raise failed[0] from exc
         raise
     finally:
         os.close(encoded)
-    if kind == "TIFF" and result.metadata.exif:
+    if kind == "TIFF":
         stream.flush()
-        _add_exif(Path(stream.name), result.metadata.exif)
+        tiff.add_metadata(Path(stream.name), result.metadata)
 
 
-def _add_exif(path: Path, block: bytes) -> None:
-    """Give a TIFF of one directory a new one at its end, with EXIF, which libvips does not write."""
-    from PIL.TiffImagePlugin import ImageFileDirectory_v2
+def _with_head(write: Callable[[bytes], int], kind: str, result: Header) -> Callable[[bytes], int]:
+    """Give a `write` for libvips that puts our head of a PNG or JPEG in the place of its own.
 
-    with open(path, "r+b") as stream:
-        head = stream.read(8)
-        big = head[2] == 43
-        head += stream.read(8) if big else b""
-        old, new, exif = ImageFileDirectory_v2(head), ImageFileDirectory_v2(head), Image.Exif()
-        stream.seek(old.next)
-        old.load(stream)
-        exif.load(block)
-        for tag in exif:
-            new[tag] = exif.get_ifd(tag) if tag in tiff.SUB_TABLES else exif[tag]
-            if tag in tiff.SUB_TABLES:
-                new.tagtype[tag] = tiff.LONG
-        for tag in old:
-            new.tagtype[tag] = old.tagtype[tag]
-            new[tag] = old[tag]
-        start = stream.seek(0, os.SEEK_END)
-        start = stream.seek(start + start % 2)
-        data = bytearray(new.tobytes(start))
-        if big:  # Pillow writes the places of tables in 64 bits and calls them LONG
-            for entry in range(8, 8 + 20 * len(new), 20):
-                if struct.unpack_from("<H", data, entry)[0] in tiff.SUB_TABLES:
-                    struct.pack_into("<H", data, entry + 2, LONG8)
-        stream.write(data)
-        stream.seek(8 if big else 4)
-        stream.write(struct.pack("<Q" if big else "<I", start))
+    libvips adds to EXIF what it thinks must be there, and a resolution of its own.
+    """
+    head = _png_head(result) if kind == "PNG" else _jpeg_head(result.metadata)
+    seen = b""
+
+    def replace_head(data: bytes) -> int:
+        nonlocal head, seen
+        if not head:
+            return write(data)
+        seen += data
+        end = seen.find(b"IDAT") - 4 if kind == "PNG" else len(JPEG_START)
+        if 0 <= end <= len(seen):
+            write(head + seen[end:])
+            head = b""
+        return len(data)
+
+    return replace_head
+
+
+def _png_head(result: Header) -> bytes:
+    stream = io.BytesIO()
+    png.write_head(stream, (*result.size, result.channels), result.dtype, result.metadata)
+    return stream.getvalue()
+
+
+def _jpeg_head(metadata: Metadata) -> bytes:
+    """Give what stands at the beginning of a JPEG: JFIF, EXIF and the ICC profile, each in markers of its own."""
+    profile = metadata.icc_profile or b""
+    parts = [profile[start : start + ICC_PART] for start in range(0, len(profile), ICC_PART)]
+    markers = [(b"\xff\xe0", JFIF), (b"\xff\xe1", metadata.exif or b"")]
+    markers += [(b"\xff\xe2", b"ICC_PROFILE\0" + bytes((n, len(parts))) + part) for n, part in enumerate(parts, 1)]
+    return JPEG_START + b"".join(mark + (2 + len(data)).to_bytes(2, "big") + data for mark, data in markers if data)

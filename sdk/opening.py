@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import io
 import logging
+import operator
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,9 +38,14 @@ READABLE = {
 }
 TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 AVIF_BRANDS = (b"avif", b"avis", b"mif1", b"msf1")
-# TIFF tags that describe the layout of one file, and no other: Pillow gives them as EXIF.
-LAYOUT_TAGS = {254, 256, 257, 258, 259, 262, 266, 273, 277, 278, 279, 284, 292, 293, 317, 320, 322, 323, 324, 325}
-LAYOUT_TAGS |= {330, 338, 339, 347, 700, 33723, 34377, 34675}
+# TIFF tags that describe the layout of one file and no other, with Photoshop's layers (37724) and notes (50255). They
+# are EXIF to Pillow, and some programs leave them in that of a JPEG.
+LAYOUT_TAGS = {273, 284, 297, 301, 317, 330, 700, 33723, 34377, 34675, 37724, 50255}.union(
+    *(range(254, 267), range(277, 282), range(288, 294), range(320, 329), range(332, 348), range(512, 522)),
+    range(529, 533),
+)
+BOMB_CURE = "raise PIL.Image.MAX_IMAGE_PIXELS if you trust it, or convert it to PNG"
+SRGB_GAMMA = 1 / 2.2  # as PNG's gAMA chunk gives it for sRGB
 
 
 @dataclass(frozen=True)
@@ -50,7 +57,7 @@ class Metadata:
 
 
 @contextmanager
-def told(path: Path) -> Iterator[None]:
+def told(path: object) -> Iterator[None]:
     """Turn whatever a decoder raises for a file into an ImageError of one line that names the file."""
     try:
         yield
@@ -61,7 +68,7 @@ def told(path: Path) -> Iterator[None]:
     except UnidentifiedImageError as exc:
         raise ImageError(f"{path}: not a picture in a known format") from exc
     except Image.DecompressionBombError as exc:
-        raise ImageError(f"{path}: too large ({exc}); raise PIL.Image.MAX_IMAGE_PIXELS if you trust it") from exc
+        raise ImageError(f"{path}: too large for Pillow ({exc}); {BOMB_CURE}") from exc
     except MemoryError as exc:
         raise ImageError(f"{path}: does not fit into memory") from exc
     except OSError as exc:
@@ -77,8 +84,19 @@ def one_line(text: object) -> str:
 
 def check_max_pixels(max_pixels: int | None) -> None:
     """Raise OptionError unless max_pixels is a whole number from 0, or None; both 0 and None are no limit."""
-    if max_pixels is not None and (not isinstance(max_pixels, int) or max_pixels < 0):
+    if max_pixels is None:
+        return
+    number = whole_number(max_pixels)
+    if number is None or number < 0:
         raise OptionError(f"max_pixels {max_pixels!r}: a number of pixels from 0 (no limit), or None")
+
+
+def whole_number(value: object) -> int | None:
+    """Give a whole number, NumPy's too, as an int; None for anything else, True and False among it."""
+    try:
+        return None if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        return None
 
 
 def check_size(size: tuple[int, int], max_pixels: int | None) -> None:
@@ -89,25 +107,31 @@ def check_size(size: tuple[int, int], max_pixels: int | None) -> None:
     width, height = size
     if max_pixels and width * height > max_pixels:
         raise ImageError(
-            f"too large ({width} x {height} px, the limit is {max_pixels} pixels); raise max_pixels if you trust it"
+            f"too large ({width} x {height} px, the limit is {max_pixels} pixels); "
+            "raise max_pixels (--max-pixels) if you trust it"
         )
 
 
+def open_source(source: Path | bytes) -> BinaryIO:
+    """Open a file, or the bytes of one."""
+    return open(source, "rb") if isinstance(source, Path) else io.BytesIO(source)
+
+
 @contextmanager
-def opened(file: Path | BinaryIO, *, max_pixels: int | None) -> Iterator[Any]:
+def opened(file: Path | bytes | BinaryIO, *, max_pixels: int | None) -> Iterator[Any]:
     """Open a picture without decoding it, and close it: a PIL picture of any plug-in.
 
     Unlike Image.open, this leaves alone Image.MAX_IMAGE_PIXELS, which is one for all threads; a few plug-ins ask it
     themselves (WebP and GIF, and TIFF for its tiles), so that above it those need it raised as well.
     Raises: ImageError if the picture is larger than the limit; UnidentifiedImageError; or what a plug-in raises.
     """
-    with open(file, "rb") if isinstance(file, Path) else file as stream:
-        image = _open(stream)
+    with open_source(file) if isinstance(file, (Path, bytes)) else file as stream:
+        image = _open(stream, max_pixels)
         check_size(image.size, max_pixels)
         yield image
 
 
-def _open(stream: BinaryIO) -> Image.Image:
+def _open(stream: BinaryIO, max_pixels: int | None) -> Image.Image:
     prefix = stream.read(16)
     for name, plugin in READABLE.items():
         if name not in Image.OPEN:
@@ -118,14 +142,30 @@ def _open(stream: BinaryIO) -> Image.Image:
         factory, accepts = Image.OPEN[name]
         if accepts and accepts(prefix) is not True:  # False, or a text that says what Pillow was built without
             continue
-        stream.seek(0)
         try:
+            if name == "ICO":
+                _check_icon(stream, max_pixels)
+            stream.seek(0)
             return factory(stream, "")  # without the name, which would have raw pixels mapped into memory
         except (SyntaxError, IndexError, TypeError, struct.error) as exc:  # what a plug-in says "not mine" with
             LOG.debug("not read as %s (%s)", name, exc)
     if prefix[4:8] == b"ftyp" and prefix[8:12] in AVIF_BRANDS and not has_avif():
         raise ImageError("this Pillow reads no AVIF: pip install 'pillow>=11.3'")
     raise UnidentifiedImageError
+
+
+def _check_icon(stream: BinaryIO, max_pixels: int | None) -> None:
+    """Check the size of each picture in an ICO, which its table need not tell; Pillow decodes one as it opens it."""
+    stream.seek(4)
+    table = stream.read(16 * int.from_bytes(stream.read(2), "little"))
+    for (offset,) in struct.iter_unpack("<12xI", table[: len(table) // 16 * 16]):
+        stream.seek(offset)
+        head = stream.read(24).ljust(24, b"\0")
+        if head.startswith(b"\x89PNG"):
+            check_size(struct.unpack_from(">II", head, 16), max_pixels)
+        else:  # a bitmap, above one of the same size that tells what is visible
+            width, height = struct.unpack_from("<HH" if head[0] == 12 else "<ii", head, 4)
+            check_size((abs(width), abs(height) // 2), max_pixels)
 
 
 def has_avif() -> bool:
@@ -137,9 +177,9 @@ def has_avif() -> bool:
     return bool(AvifImagePlugin.SUPPORTED)
 
 
-def is_tiff(path: Path) -> bool:
+def is_tiff(source: Path | bytes) -> bool:
     """Tell a TIFF by its first bytes, whether Pillow reads it or not."""
-    with open(path, "rb") as stream:
+    with open_source(source) as stream:
         return stream.read(4) in TIFF_MAGIC
 
 
@@ -194,14 +234,19 @@ def _jpeg2000_depth(image: Image.Image) -> int:
 
 def take_metadata(image: Image.Image) -> Metadata:
     """Take ICC profile and EXIF without orientation; an EXIF block that cannot be written again is left out."""
-    return Metadata(image.info.get("icc_profile") or None, pack_exif(image.getexif(), tiff=image.format == "TIFF"))
+    return Metadata(image.info.get("icc_profile") or None, pack_exif(image.getexif()))
 
 
-def pack_exif(exif: Image.Exif, *, tiff: bool) -> bytes | None:
-    """Encode EXIF without orientation and, of a TIFF, without what belongs to its layout; changes `exif`."""
-    if tiff:
-        for tag in LAYOUT_TAGS & set(exif):
-            del exif[tag]
+def has_odd_gamma(image: Image.Image) -> bool:
+    """Tell whether a PNG says by its gAMA chunk, and by nothing better, that it is not meant as sRGB."""
+    known = "icc_profile" in image.info or "srgb" in image.info
+    return not known and abs(image.info.get("gamma", SRGB_GAMMA) - SRGB_GAMMA) > 0.01
+
+
+def pack_exif(exif: Image.Exif) -> bytes | None:
+    """Encode EXIF without orientation and without what belongs to the layout of a TIFF; changes `exif`."""
+    for tag in LAYOUT_TAGS & set(exif):
+        del exif[tag]
     exif.pop(ORIENTATION, None)
     exif.bigtiff = False  # what is packed is not, whatever it comes from
     try:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import queue
+import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -12,6 +14,7 @@ from .errors import SRError
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 AHEAD = 3  # items under way beyond those being encoded: one in each step, and one result that waits
+PATIENCE_S = 1.0  # given to a source to come back when it is not needed any more
 
 
 def overlap(
@@ -25,26 +28,46 @@ def overlap(
     """Yield (item, encode(item, compute(decode(item)))) in order; an SRError of any step is yielded as the result.
 
     decode and compute run in a thread each, encode in `encoders` of them; at most AHEAD + encoders items are taken
-    before the first of them is yielded. Other exceptions, and those of `items` itself, end the iteration.
+    before the first of them is yielded. Items are taken in a thread too, so that a source may wait for the results of
+    earlier ones. Other exceptions, and those of `items` itself, end the iteration.
     """
+    under_way: queue.SimpleQueue[tuple[Any, Future[Any]] | BaseException | None] = queue.SimpleQueue()
+    slots = threading.Semaphore(AHEAD + encoders - 1)
+    stopped = threading.Event()
+
+    def take() -> None:
+        try:
+            for item in items:
+                decoded = decoder.submit(_catch, decode, item)
+                computed = computer.submit(_then, decoded, compute)
+                under_way.put((item, encoder.submit(_then, computed, encode, item)))
+                slots.acquire()
+                if stopped.is_set():
+                    return
+            under_way.put(None)
+        except BaseException as exc:  # of the source; or of a pool that is shut down, which nobody hears
+            under_way.put(exc)
+
     with (
         ThreadPoolExecutor(1, "sr-decode") as decoder,
         ThreadPoolExecutor(1, "sr-compute") as computer,
         ThreadPoolExecutor(encoders, "sr-encode") as encoder,
     ):
-        pending: deque[tuple[Any, Future[Any]]] = deque()
+        taker = threading.Thread(target=take, name="sr-take", daemon=True)  # not waited for in a source that blocks
+        taker.start()
         try:
-            for item in items:
-                decoded = decoder.submit(_catch, decode, item)
-                computed = computer.submit(_then, decoded, compute)
-                pending.append((item, encoder.submit(_then, computed, encode, item)))
-                while pending and (len(pending) >= AHEAD + encoders or pending[0][1].done()):
-                    yield pending[0][0], pending.popleft()[1].result()
-            while pending:
-                yield pending[0][0], pending.popleft()[1].result()
+            while (entry := under_way.get()) is not None:
+                if isinstance(entry, BaseException):
+                    raise entry
+                yield entry[0], entry[1].result()
+                del entry  # and with it the result, before the next one comes
+                slots.release()
         finally:  # also when the consumer stops early: what has not begun never does
+            stopped.set()
+            slots.release()
             for pool in (encoder, computer, decoder):
                 pool.shutdown(wait=False, cancel_futures=True)
+            taker.join(PATIENCE_S)
 
 
 def in_order(

@@ -1,15 +1,16 @@
-"""Picture <-> array: what may come in, how alpha and grey become RGB for the network, and back."""
+"""Pictures as arrays: which may come in, and from and to PIL, palettes and ICC profiles."""
 
 from __future__ import annotations
 
 import io
 import logging
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from . import opening
 from .errors import ImageError
 
 LOG = logging.getLogger(__name__)
@@ -41,99 +42,6 @@ def check_array(image: np.ndarray) -> None:
             raise ImageError(f"float32 pictures are 0 to 1, this one is {low:g} to {high:g}; scale it first")
 
 
-@dataclass(frozen=True)
-class Planes:
-    """A picture as the network takes it.
-
-    colour: (H, W, 3). alpha: (H, W, 3) with equal channels, one number where it is the same everywhere (nothing to
-    enlarge), or None. uint8, or float32 in [0, 1].
-    """
-
-    colour: np.ndarray
-    alpha: np.ndarray | np.generic | None
-
-
-def split(image: np.ndarray) -> Planes:
-    """Turn a checked array into RGB and alpha planes; uint16 becomes float32.
-
-    Colour under fully transparent pixels is replaced by that of visible neighbours, so that it cannot bleed in.
-    """
-    if image.ndim == 2:
-        image = image[:, :, None]
-    if image.dtype == np.uint16:
-        image = image.astype(np.float32) / np.float32(65535)
-    elif image.dtype == np.float32:
-        image = np.clip(image, 0, 1)
-    channels = image.shape[2]
-    colour = image[:, :, : 3 if channels >= 3 else 1]
-    alpha: np.ndarray | np.generic | None = None
-    if channels in (2, 4):
-        plane = image[:, :, -1]
-        colour = _bleed(colour, plane > 0)
-        alpha = plane[0, 0] if plane.min() == plane.max() else np.repeat(plane[:, :, None], 3, axis=2)
-    if colour.shape[2] == 1:
-        colour = np.repeat(colour, 3, axis=2)
-    return Planes(np.ascontiguousarray(colour), alpha)
-
-
-def join(planes: Planes, *, channels: int | None, dtype: np.dtype) -> np.ndarray:
-    """Put enlarged planes back into the caller's form.
-
-    channels: 1 to 4, or None for a (H, W) grey array. dtype: that of the input.
-    """
-    colour = planes.colour
-    if channels in (None, 1, 2):
-        # The network's channels of a grey picture differ by a little: their mean is the result.
-        grey = colour.mean(axis=2, keepdims=True, dtype=np.float32)
-        colour = np.rint(grey).astype(np.uint8) if colour.dtype == np.uint8 else grey
-    if planes.alpha is not None:
-        alpha = np.broadcast_to(planes.alpha, (*colour.shape[:2], 3)).mean(axis=2, keepdims=True, dtype=np.float32)
-        alpha = np.rint(alpha).astype(np.uint8) if colour.dtype == np.uint8 else alpha
-        colour = np.concatenate((colour, alpha), axis=2)
-    if dtype == np.uint16:
-        colour = np.rint(np.clip(colour, 0, 1) * np.float32(65535)).astype(np.uint16)
-    return colour[:, :, 0] if channels is None else colour
-
-
-def bound_alpha(enlarged: np.ndarray, alpha: np.ndarray, *, scale: int) -> np.ndarray:
-    """Keep enlarged alpha between the least and the most of the 3x3 pixels around its source.
-
-    A network does not map a constant to itself; so what is opaque or invisible stays exactly that.
-    alpha: (H, W, C). enlarged and the result: (H*scale, W*scale, C).
-    """
-    height, width = alpha.shape[:2]
-    padded = np.pad(alpha, ((1, 1), (1, 1), (0, 0)), mode="edge")
-    around = [padded[y : y + height, x : x + width] for y in range(3) for x in range(3)]
-    least, most = (
-        extreme.reduce(around).repeat(scale, axis=0).repeat(scale, axis=1) for extreme in (np.minimum, np.maximum)
-    )
-    return np.clip(enlarged, least, most)
-
-
-def _bleed(colour: np.ndarray, visible: np.ndarray) -> np.ndarray:
-    """Fill invisible pixels with the mean colour of visible neighbours, outwards by coarse-to-fine averages."""
-    if visible.all() or not visible.any():
-        return colour
-    weight = visible.astype(np.float32)[:, :, None]
-    filled = _fill(colour.astype(np.float32) * weight, weight)
-    if colour.dtype == np.uint8:
-        filled = np.rint(filled).astype(np.uint8)
-    return np.where(visible[:, :, None], colour, filled)
-
-
-def _fill(weighted: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    """Pull-push: average 2x2 blocks until all is covered, then fill each level's gaps from the coarser one."""
-    if weight.min() > 0 or weight.shape[0] == weight.shape[1] == 1:
-        return weighted / np.maximum(weight, 1e-6)
-    pad = ((0, weight.shape[0] % 2), (0, weight.shape[1] % 2), (0, 0))
-    coarse = []
-    for plane in (weighted, weight):
-        plane = np.pad(plane, pad)
-        coarse.append(plane[::2, ::2] + plane[1::2, ::2] + plane[::2, 1::2] + plane[1::2, 1::2])
-    below = _fill(*coarse).repeat(2, axis=0).repeat(2, axis=1)[: weight.shape[0], : weight.shape[1]]
-    return np.where(weight > 0, weighted / np.maximum(weight, 1e-6), below)
-
-
 def from_pil(image: Image.Image, *, name: object = "the picture") -> np.ndarray:
     """Turn a PIL picture into an array that `check_array` accepts.
 
@@ -141,20 +49,20 @@ def from_pil(image: Image.Image, *, name: object = "the picture") -> np.ndarray:
     RGB, CMYK and LAB through their ICC profile if there is one. name: of the picture, for the log.
     Raises: ImageError for other modes, or if the file behind the picture is damaged.
     """
-    try:
+    with opening.told("the picture"):
         image.load()
-    except OSError as exc:
-        raise ImageError(f"the picture cannot be read ({exc.strerror or exc})") from exc
+    if image.mode == "1":
+        image = _from_1_bit(image)
     mode = image.mode
     if mode in ("L", "LA", "RGB", "RGBA"):
         if mode in ("L", "RGB") and "transparency" in image.info:
             image = image.convert("RGBA")
     elif mode.startswith("I;16"):
+        if "transparency" in image.info:
+            raise ImageError("PIL has no 16 bits of grey with alpha; convert to RGBA first, or enlarge the file itself")
         return np.asarray(image).astype(np.uint16)
     elif mode in ("P", "PA"):
         image = image.convert("RGBA" if "transparency" in image.info or mode == "PA" else "RGB")
-    elif mode == "1":
-        image = image.convert("L")
     elif mode in PROFILED:
         image = _through_profile(image, name)
     elif mode in ("YCbCr", "HSV", "RGBX"):
@@ -166,29 +74,77 @@ def from_pil(image: Image.Image, *, name: object = "the picture") -> np.ndarray:
     return np.asarray(image)
 
 
+def _from_1_bit(image: Image.Image) -> Image.Image:
+    """Turn PIL's mode 1 into L, where a transparent value stays one."""
+    grey = image.convert("L")
+    if "transparency" in image.info:
+        grey.info["transparency"] = 255 if image.info["transparency"] else 0
+    return grey
+
+
 def _through_profile(image: Image.Image, name: object) -> Image.Image:
     """Convert CMYK or LAB to sRGB, through the embedded profile if there is a usable one."""
     from PIL import ImageCms
 
     profile = image.info.get("icc_profile")
-    if profile:
-        try:
-            converted = ImageCms.profileToProfile(
-                image,
-                ImageCms.ImageCmsProfile(io.BytesIO(profile)),
-                ImageCms.createProfile("sRGB"),
-                renderingIntent=ImageCms.Intent.RELATIVE_COLORIMETRIC,
-                outputMode="RGB",
-                flags=BLACK_POINT_COMPENSATION,
-            )
-        except (ImageCms.PyCMSError, OSError, ValueError) as exc:
-            LOG.warning("%s: its ICC profile is not one for %s and is not used (%s)", name, image.mode, exc)
-        else:
-            LOG.info("%s: %s, converted to sRGB through its ICC profile", name, image.mode)
-            assert converted is not None  # None only if converted in place
-            return converted
+    transform = _to_srgb(profile, image.mode, name) if profile else None
+    if transform:
+        LOG.info("%s: %s, converted to sRGB through its ICC profile", name, image.mode)
+        converted = ImageCms.applyTransform(image, transform)
+        assert converted is not None  # None only if converted in place
+        return converted
     LOG.warning("%s: %s, converted to RGB without a profile: colours are approximate", name, image.mode)
     return image.convert("RGB")
+
+
+def _to_srgb(profile: bytes, mode: str, name: object) -> Any:
+    """Build ImageCms' transform from pictures of a PIL mode to sRGB; None, and a warning, if the profile is no use."""
+    from PIL import ImageCms
+
+    try:
+        return ImageCms.buildTransform(
+            ImageCms.ImageCmsProfile(io.BytesIO(profile)),
+            ImageCms.createProfile("sRGB"),
+            mode,
+            "RGB",
+            renderingIntent=ImageCms.Intent.RELATIVE_COLORIMETRIC,
+            flags=BLACK_POINT_COMPENSATION,
+        )
+    except (ImageCms.PyCMSError, OSError, ValueError) as exc:
+        LOG.warning("%s: its ICC profile is not one for %s and is not used (%s)", name, mode, exc)
+        return None
+
+
+def srgb_converter(profile: bytes | None, *, name: object) -> Callable[[np.ndarray], np.ndarray]:
+    """Give a function that brings (H, W, C) uint8 of an ICC profile to sRGB, for formats that hold no profile.
+
+    Grey stays as it is, and so does everything if the profile is none of RGB; this is logged. name: for the log.
+    """
+    from PIL import ImageCms
+
+    transform = _to_srgb(profile, "RGB", name) if profile and not _is_srgb(profile) else None
+
+    def convert(image: np.ndarray) -> np.ndarray:
+        if transform is None:
+            return image
+        if image.shape[2] < 3:
+            LOG.warning("%s: the ICC profile is dropped", name)
+            return image
+        colour = ImageCms.applyTransform(Image.fromarray(np.ascontiguousarray(image[:, :, :3])), transform)
+        return np.concatenate((np.asarray(colour), image[:, :, 3:]), axis=2)
+
+    return convert
+
+
+def _is_srgb(profile: bytes) -> bool:
+    from PIL import ImageCms
+
+    if not fits_profile(profile, "RGB"):
+        return False
+    try:
+        return ImageCms.getProfileDescription(ImageCms.ImageCmsProfile(io.BytesIO(profile))).startswith("sRGB")
+    except (ImageCms.PyCMSError, OSError, ValueError):
+        return False
 
 
 def to_pil(image: np.ndarray) -> Image.Image:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+import os
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from fractions import Fraction
+from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
@@ -43,6 +45,18 @@ def read_chunks(stream: BinaryIO) -> Iterator[tuple[bytes, bytes]]:
         if zlib.crc32(head[4:] + data) != int.from_bytes(check, "big"):
             raise ValueError(f"wrong CRC in {head[4:]!r}")
         yield head[4:], data
+
+
+def find_exif(path: Path) -> bytes | None:
+    """Read EXIF wherever it stands in a PNG; it is not checked, and nothing is decoded, as Pillow would for it."""
+    with open(path, "rb") as stream:
+        stream.seek(len(SIGNATURE))
+        while len(head := stream.read(8)) == 8:
+            length = int.from_bytes(head[:4], "big")
+            if head[4:] == b"eXIf":
+                return b"Exif\0\0" + stream.read(length)
+            stream.seek(length + 4, os.SEEK_CUR)
+    return None
 
 
 def read_parts(stream: BinaryIO) -> Iterator[Part]:
@@ -132,12 +146,7 @@ def write_deep(stream: BinaryIO, image: np.ndarray, metadata: Metadata) -> None:
     https://www.w3.org/TR/png-3/
     """
     height, width, channels = image.shape
-    stream.write(SIGNATURE)
-    write_chunk(stream, b"IHDR", struct.pack(">IIBBBBB", width, height, 16, COLOUR_TYPES[channels], 0, 0, 0))
-    if metadata.icc_profile:
-        write_chunk(stream, b"iCCP", b"ICC Profile\0\0" + zlib.compress(metadata.icc_profile))
-    if metadata.exif:
-        write_chunk(stream, b"eXIf", metadata.exif.removeprefix(b"Exif\0\0"))
+    write_head(stream, image.shape, image.dtype, metadata)
     encoder = zlib.compressobj()
     above = np.zeros(width * channels * 2, np.uint8)
     rows = max(1, BAND_BYTES // above.size)
@@ -152,3 +161,30 @@ def write_deep(stream: BinaryIO, image: np.ndarray, metadata: Metadata) -> None:
             write_chunk(stream, b"IDAT", data)
     write_chunk(stream, b"IDAT", encoder.flush())
     write_chunk(stream, b"IEND", b"")
+
+
+def write_stored(stream: BinaryIO, bands: Iterable[np.ndarray], shape: tuple[int, int, int], dtype: np.dtype) -> None:
+    """Write a picture of (H, W, C) uint8 or uint16 uncompressed, as its bands of rows come."""
+    write_head(stream, shape, dtype, Metadata())
+    stored = zlib.compressobj(0)
+    rows = max(1, BAND_BYTES // (shape[1] * shape[2] * dtype.itemsize))
+    for band in bands:
+        for top in range(0, len(band), rows):
+            part = band[top : top + rows].astype(dtype.newbyteorder(">"), order="C")
+            lines = np.zeros((len(part), 1 + part[0].nbytes), np.uint8)  # 0: no filter
+            lines[:, 1:] = part.view(np.uint8).reshape(len(part), -1)
+            write_chunk(stream, b"IDAT", stored.compress(lines.data))
+    write_chunk(stream, b"IDAT", stored.flush())
+    write_chunk(stream, b"IEND", b"")
+
+
+def write_head(stream: BinaryIO, shape: tuple[int, ...], dtype: np.dtype, metadata: Metadata) -> None:
+    """Write all that stands before the pixels of a picture of (H, W, C) uint8 or uint16."""
+    height, width, channels = shape
+    stream.write(SIGNATURE)
+    kinds = (8 * dtype.itemsize, COLOUR_TYPES[channels], 0, 0, 0)
+    write_chunk(stream, b"IHDR", struct.pack(">IIBBBBB", width, height, *kinds))
+    if metadata.icc_profile:
+        write_chunk(stream, b"iCCP", b"ICC Profile\0\0" + zlib.compress(metadata.icc_profile))
+    if metadata.exif:
+        write_chunk(stream, b"eXIf", metadata.exif.removeprefix(b"Exif\0\0"))

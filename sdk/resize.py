@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 import operator
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image
@@ -12,6 +13,7 @@ from PIL import Image
 from .errors import OptionError
 
 MAX_FACTOR = 64.0
+FLOAT_STEP = 1 / 65535  # of a float picture, a code value: 16 bits are as fine as any file's alpha
 FILTER = Image.Resampling.LANCZOS  # widened by the factor when it shrinks, as Pillow does
 
 
@@ -29,24 +31,30 @@ def target_size(
     if factor is not None and size_wanted is not None:
         raise OptionError("factor and size: give one of them")
     if factor is not None:
-        if not (isinstance(factor, numbers.Real) and math.isfinite(factor) and 0 < factor <= MAX_FACTOR):
+        if not (isinstance(factor, numbers.Real) and 0 < factor <= MAX_FACTOR):
             raise OptionError(f"factor {factor!r}: a number above 0, at most {MAX_FACTOR:g}")
         return max(1, round(height * factor)), max(1, round(width * factor))
-    try:
-        wanted = [None if side is None else operator.index(side) for side in size_wanted or ()]
-    except TypeError:
-        wanted = []
-    if len(wanted) != 2 or wanted == [None, None] or any(side is not None and side < 1 for side in wanted):
-        raise OptionError(f"size {size_wanted!r}: (height, width), whole numbers from 1, one of them may be None")
-    new_height, new_width = wanted
+    new_height, new_width = _sides(size_wanted)
+    if any(new is not None and new > MAX_FACTOR * old for new, old in ((new_height, height), (new_width, width))):
+        raise OptionError(f"size {size_wanted!r}: more than {MAX_FACTOR:g} times {height} x {width}")
     if new_height is None:
         assert new_width is not None
         new_height = max(1, round(height * new_width / width))
     if new_width is None:
         new_width = max(1, round(width * new_height / height))
-    if max(new_height / height, new_width / width) > MAX_FACTOR:
-        raise OptionError(f"size {size_wanted!r}: more than {MAX_FACTOR:g} times {height} x {width}")
     return new_height, new_width
+
+
+def _sides(size_wanted: object) -> tuple[int | None, int | None]:
+    """Take (height, width), whole numbers from 1, one of which may be None. Raises: OptionError."""
+    try:
+        if isinstance(size_wanted, Sequence):
+            height, width = (None if side is None else operator.index(side) for side in size_wanted)
+            if (height is None or height >= 1) and (width is None or width >= 1) and (height, width) != (None, None):
+                return height, width
+    except (TypeError, ValueError):  # not whole numbers, not two
+        pass
+    raise OptionError(f"size {size_wanted!r}: (height, width), whole numbers from 1, one of them may be None")
 
 
 def count_passes(size: tuple[int, int], wanted: tuple[int, int], *, scale: int) -> int:
@@ -65,21 +73,20 @@ def count_passes(size: tuple[int, int], wanted: tuple[int, int], *, scale: int) 
 def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Resize with antialiasing: (H, W) or (H, W, C) uint8, uint16 or float32 -> the same of `size`.
 
-    Colour is weighted by alpha (the last of 2 or 4 channels), so that invisible pixels do not show at edges.
+    Colour is weighted by alpha (the last of 2 or 4 channels), so that invisible pixels do not show at edges; where the
+    result is invisible itself, colour goes its own way and is kept.
     """
     if image.shape[:2] == size:
         return image
     if image.ndim == 2:
         return resize(image[:, :, None], size)[:, :, 0]
-    channels = image.shape[2]
     planes = np.moveaxis(image.astype(np.float32), 2, 0)
-    has_alpha = channels in (2, 4)
-    highest = 1.0 if image.dtype == np.float32 else float(np.iinfo(image.dtype).max)
-    if has_alpha:
-        planes[:-1] *= planes[-1] / highest
+    highest, step = (1.0, FLOAT_STEP) if image.dtype == np.float32 else (float(np.iinfo(image.dtype).max), 1.0)
     resized = np.stack([_resize_plane(plane, size) for plane in planes])
-    if has_alpha:
-        resized[:-1] *= highest / np.maximum(resized[-1], 1e-3)
+    if len(planes) in (2, 4) and planes[-1].min() < planes[-1].max():  # equal weights change nothing
+        visible = resized[-1] >= step / 2
+        for plane, result in zip(planes[:-1], resized[:-1]):
+            np.divide(_resize_plane(plane * planes[-1], size), resized[-1], out=result, where=visible)
     resized = np.clip(np.moveaxis(resized, 0, 2), 0, highest)
     return resized if image.dtype == np.float32 else np.rint(resized).astype(image.dtype)
 

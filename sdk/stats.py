@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
+from typing import TypeVar
 
 import numpy as np
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
 class Stats:
     """Totals of one picture, or of all since the Upscaler was made.
 
-    pixels: of the input. retries: after an engine ran out of memory. seconds: wall-clock of the pictures, summed over
-    threads; the parts below are in it, but for the decoding and encoding that a pipeline does ahead.
+    pictures: an animation is one. pixels: of the input. retries: after an engine ran out of memory.
+    seconds: wall-clock of the work: a call from its begin to its end; of a file, and of a picture of upscale_many, the
+    sum of its steps (read, enlarge, write) without the time that it waits between them. Steps and calls that run beside
+    each other each count, so the sum may be more than has passed.
+    decode_s, encode_s: reading and writing files; of a streamed one the first is in gather_s, the second only in
+    seconds. gather_s, run_s, place_s: cutting windows out, the engine, putting
+    results together; summed over the threads that do it.
     """
 
     pictures: int = 0
@@ -58,8 +66,18 @@ class Meter:
             with self._lock:
                 self._total = replace(self._total, **{f"{name}_s": getattr(self._total, f"{name}_s") + took})
 
+    def each(self, items: Iterable[Item], name: str) -> Iterator[Item]:
+        """Pass items on, and add what each takes to come to a part."""
+        source, end = iter(items), object()
+        while True:
+            with self.part(name):
+                item = next(source, end)
+            if item is end:
+                return
+            yield item  # type: ignore[misc]  # not the end
+
     def stats(self, *, pictures: int = 1) -> Stats:
-        """Give the totals up to now."""
+        """Give the totals up to now; `pictures` is 0 for a step that does not finish one."""
         with self._lock:
             return replace(self._total, pictures=pictures, seconds=time.perf_counter() - self._started)
 

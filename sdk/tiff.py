@@ -6,8 +6,10 @@ Pillow encodes the directory; the pixels are tiles, deflated, as TIFF 6.0 and it
 from __future__ import annotations
 
 import errno
+import os
 import struct
 import zlib
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -17,8 +19,9 @@ from .opening import Metadata
 
 TILE = 256
 MAX_BYTES = (1 << 32) - 1
-SUB_TABLES = (0x8769, 0x8825, 0xA005)  # of EXIF: exposure, GPS, interoperability
-ICC_PROFILE, UNDEFINED, LONG = 34675, 7, 4
+EXPOSURE, GPS, INTEROPERABILITY = SUB_TABLES = (0x8769, 0x8825, 0xA005)  # of EXIF; the last lies within the first
+ICC_PROFILE, UNDEFINED, LONG, LONG8 = 34675, 7, 4, 16
+INVENTED = {274, 282, 283, 296}  # orientation and resolution, which libvips writes whether they are known or not
 DEFLATE, HORIZONTAL, UNASSOCIATED_ALPHA, FLOAT = 8, 2, 2, 3
 
 
@@ -62,26 +65,71 @@ def write(stream: BinaryIO, image: np.ndarray, metadata: Metadata) -> None:
     if channels in (2, 4):
         tags[338] = UNASSOCIATED_ALPHA
     directory = TiffImagePlugin.ImageFileDirectory_v2(prefix=b"II")
-    if metadata.exif:
-        exif = Image.Exif()
-        exif.load(metadata.exif)
-        for tag in exif:
-            if tag in SUB_TABLES:
-                directory[tag] = exif.get_ifd(tag)
-                directory.tagtype[tag] = LONG
-            else:
-                directory[tag] = exif[tag]
+    _put_metadata(directory, metadata)
     for tag, value in tags.items():
         directory[tag] = value
-    if metadata.icc_profile:
-        directory[ICC_PROFILE] = metadata.icc_profile
-        directory.tagtype[ICC_PROFILE] = UNDEFINED
     directory.tagtype[324] = directory.tagtype[325] = LONG
     start = stream.tell() + stream.tell() % 2  # a directory begins at an even place
     stream.seek(start)
     stream.write(directory.tobytes(start))
     stream.seek(4)
     stream.write(struct.pack("<I", start))
+
+
+def add_metadata(path: Path, metadata: Metadata) -> None:
+    """Give a TIFF of one directory, as libvips wrote it, a new one at its end, with metadata that libvips lacks."""
+    from PIL.TiffImagePlugin import ImageFileDirectory_v2
+
+    with open(path, "r+b") as stream:
+        head = _read_head(stream)
+        big = len(head) == 16
+        old, new = ImageFileDirectory_v2(head), ImageFileDirectory_v2(head)
+        stream.seek(old.next)
+        old.load(stream)
+        _put_metadata(new, metadata)
+        for tag in set(old) - INVENTED:
+            new.tagtype[tag] = old.tagtype[tag]
+            new[tag] = old[tag]
+        start = stream.seek(0, os.SEEK_END)
+        start = stream.seek(start + start % 2)
+        data = new.tobytes(start)
+        if big:  # Pillow writes the places of tables in 64 bits and calls them LONG
+            for tag in SUB_TABLES:
+                data = data.replace(struct.pack("<HHQ", tag, LONG, 1), struct.pack("<HHQ", tag, LONG8, 1))
+        stream.write(data)
+        stream.seek(8 if big else 4)
+        stream.write(struct.pack("<Q" if big else "<I", start))
+
+
+def read_exif(stream: BinaryIO) -> Image.Exif:
+    """Read the tags of a TIFF or BigTIFF as EXIF, whether Pillow knows its layout or not."""
+    head = _read_head(stream)
+    exif = Image.Exif()
+    exif.endian, exif.bigtiff = "<" if head[:2] == b"II" else ">", len(head) == 16
+    form = exif.endian + ("8xQ" if exif.bigtiff else "4xI")
+    exif.load_from_fp(stream, struct.unpack(form, head)[0])
+    return exif
+
+
+def _read_head(stream: BinaryIO) -> bytes:
+    head = stream.read(8)
+    return head + stream.read(8) if 43 in head[2:4] else head
+
+
+def _put_metadata(directory: Any, metadata: Metadata) -> None:
+    """Put EXIF, with its tables, and the ICC profile into a directory of Pillow's."""
+    exif = Image.Exif()
+    exif.load(metadata.exif or b"")
+    for tag in exif:
+        value = exif.get_ifd(tag) if tag in SUB_TABLES else exif[tag]
+        if tag == EXPOSURE and INTEROPERABILITY in value:  # where Pillow gives the place in the source
+            value = value | {INTEROPERABILITY: exif.get_ifd(INTEROPERABILITY)}
+        directory[tag] = value
+        if tag in SUB_TABLES:
+            directory.tagtype[tag] = LONG
+    if metadata.icc_profile:
+        directory[ICC_PROFILE] = metadata.icc_profile
+        directory.tagtype[ICC_PROFILE] = UNDEFINED
 
 
 def _encode(tile: np.ndarray, *, difference: bool) -> bytes:

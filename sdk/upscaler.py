@@ -15,10 +15,11 @@ from typing import Any, TypeVar
 import numpy as np
 from PIL import Image
 
-from . import bands, device_arrays, files, jobs, memory, pipeline, pixels, resize, tiling
+from . import bands, device_arrays, files, jobs, memory, pipeline, pixels, planes, resize, tiling
 from .backends import Backend, Request, open_backend
 from .bundle import Bundle
 from .errors import BackendError, ImageError, OptionError, OutOfMemory, SRError
+from .planes import Planes
 from .stats import Meter, Stats, shape_pixels
 
 LOG = logging.getLogger(__name__)
@@ -30,6 +31,9 @@ ReadRows = Callable[[int, int], np.ndarray]
 SEAMS = {"exact": 1.0, "fast": 4.0}
 MANY = 1000  # runs that `warmup` makes ready for
 BAND_ROWS = 64  # of a result that goes out in bands: putting planes together takes several copies of them
+DARK = 8  # a mean code value: what is darker may well come out black
+MAX_MIB = 1 << 24
+MAX_SIDE = 1 << 24  # pixels
 TILE = "a number of pixels from 1, or None"
 
 
@@ -67,10 +71,11 @@ class Upscaler:
         memory_mib: int | str = "auto",
         on_picture: Callable[[Stats], None] | None = None,
     ):
-        if seams not in SEAMS:
+        if not isinstance(seams, str) or seams not in SEAMS:
             raise OptionError(f"seams {seams!r}: one of {', '.join(SEAMS)}")
         wanted_batch = None if batch == "auto" else _count(batch, "batch", "'auto' or a number from 1")
         wanted_mib = None if memory_mib == "auto" else _count(memory_mib, "memory_mib", "'auto' or a number from 1")
+        wanted_mib = wanted_mib and min(wanted_mib, MAX_MIB)
         self._bundle = Bundle.load(model)
         self._stage = self._bundle.stage(stage)
         self._seams = seams
@@ -169,6 +174,7 @@ class Upscaler:
         images: arrays as for `upscale`. Returns: one new array each.
         Raises: as `upscale`; ImageError if shapes or dtypes differ.
         """
+        images = list(images)
         if not images:
             return []
         meter = Meter()
@@ -178,13 +184,13 @@ class Upscaler:
             raise ImageError("the pictures of a batch differ in shape or dtype")
         results = []
         with _memory_errors((len(images), *images[0].shape)):
-            split = [pixels.split(image) for image in images]
-            colours = self._enlarge(np.stack([planes.colour for planes in split]), None, meter)
-            for image, planes, colour in zip(images, split, colours, strict=True):
-                alpha = planes.alpha
+            split = [planes.split(image) for image in images]
+            colours = self._enlarge(np.stack([picture.colour for picture in split]), None, meter)
+            for image, picture, colour in zip(images, split, colours, strict=True):
+                alpha = picture.alpha
                 if isinstance(alpha, np.ndarray):
                     alpha = self._enlarge(alpha[None], None, meter, is_alpha=True)[0]
-                results.append(pixels.join(pixels.Planes(colour, alpha), channels=_channels(image), dtype=image.dtype))
+                results.append(planes.join(Planes(colour, alpha), channels=_channels(image)))
                 meter.add(pixels=shape_pixels(image))
         self.record(meter.stats(pictures=len(images)))
         return results
@@ -197,7 +203,7 @@ class Upscaler:
         rows: (any number, W) or (any number, W, 1..4) arrays from top to bottom, together of `size` (height, width).
         Yields: bands of the result from top to bottom, of the same dtype and channels.
         Raises: as `upscale`; ImageError if the rows do not make up the size.
-        The same result as `upscale`, but for the colour of invisible pixels, which is filled from each band alone.
+        The same result as `upscale`.
         """
         if tile is not None:
             tile = _count(tile, "tile", TILE)
@@ -211,15 +217,21 @@ class Upscaler:
         def padded() -> Iterator[tuple[tiling.Span, np.ndarray]]:
             for row in plan.rows:
                 with meter.part("gather"):
-                    planes = pixels.split(window.read(row.start, row.stop))
-                    if isinstance(planes.alpha, np.ndarray):
-                        band, constant = np.stack((planes.colour, planes.alpha)), None
+                    # Besides its own rows those from which colour bleeds into it.
+                    first = max(0, row.start // planes.REACH * planes.REACH - planes.REACH)
+                    last = min(size[0], tiling.round_up(row.stop, planes.REACH) + planes.REACH)
+                    picture = planes.split(window.read(first, last))
+                    if isinstance(picture.alpha, np.ndarray):
+                        band, constant = np.stack((picture.colour, picture.alpha)), None
                     else:
-                        band, constant = planes.colour[None], planes.alpha
+                        band, constant = picture.colour[None], picture.alpha
+                    band = tiling.pad_to(
+                        band[:, row.start - first : row.stop - first], (row.stop - row.start, plan.padded[1])
+                    )
                 if row is plan.rows[0]:
                     self._expect(self._backend_for(band), plan, meter, runs=plan.count)
                 constants.append(constant)
-                yield row, tiling.pad_to(band, (band.shape[1], plan.padded[1]))
+                yield row, band
 
         def strips() -> Iterator[np.ndarray]:
             for strip in self._strips(padded(), plan, meter, colours=1):
@@ -231,8 +243,8 @@ class Upscaler:
             for part in tiling.finished_rows(strips(), plan, scale=self.scale):
                 for top in range(0, part.shape[1], BAND_ROWS):
                     band = part[:, top : top + BAND_ROWS]
-                    planes = pixels.Planes(band[0], band[1] if len(band) > 1 else None)
-                    yield pixels.join(planes, channels=window.channels, dtype=window.dtype)
+                    picture = Planes(band[0], band[1] if len(band) > 1 else None)
+                    yield planes.join(picture, channels=window.channels)
         window.check_end()
         meter.add(pixels=size[0] * size[1])
         self.record(meter.stats())
@@ -244,17 +256,26 @@ class Upscaler:
         *,
         overwrite: bool = False,
         quality: int = 95,
+        subsampling: str = "4:4:4",
+        lossless: bool = False,
         factor: float | None = None,
         size: tuple[int | None, int | None] | None = None,
+        tile: int | None = None,
+        max_pixels: int | None = files.MAX_PIXELS,
     ) -> None:
         """Enlarge a file; ICC profile and EXIF are kept, orientation is applied, animations stay animated.
 
-        quality: of JPEG, WebP and AVIF, 1 to 100. Existing files are replaced only if `overwrite`.
-        factor, size: as for `upscale`.
+        overwrite: replace an existing file. quality: of JPEG, WebP and AVIF, 1 to 100. subsampling: of the colour of
+        JPEG and AVIF, "4:4:4", "4:2:2" or "4:2:0". lossless: of WebP, instead of a quality.
+        factor, size, tile: as for `upscale`. max_pixels: larger sources are refused; 0 or None is no limit, and lets
+        very large results be streamed.
         Raises: ImageError for an unreadable source, OutputError for an unwritable destination, OptionError for another
-        quality, BackendError if the engine fails; no partial file stays.
+        option, BackendError if the engine fails; no partial file stays.
         """
-        options = jobs.Options(overwrite=overwrite, quality=quality, factor=factor, size=size)
+        options = jobs.Options(
+            overwrite=overwrite, quality=quality, subsampling=subsampling, lossless=lossless, factor=factor, size=size,
+            tile=tile, max_pixels=max_pixels,
+        )  # fmt: skip
         jobs.run_file(self, jobs.Job(Path(src), Path(dst)), options)
 
     def upscale_many(
@@ -276,17 +297,26 @@ class Upscaler:
         *,
         overwrite: bool = False,
         quality: int = 95,
+        subsampling: str = "4:4:4",
+        lossless: bool = False,
         factor: float | None = None,
         size: tuple[int | None, int | None] | None = None,
+        tile: int | None = None,
+        max_pixels: int | None = files.MAX_PIXELS,
     ) -> Iterator[tuple[Path, SRError | None]]:
         """Enlarge files (source, destination); decoding, computing and encoding overlap.
 
+        pairs: taken a few ahead, in a thread. The options are those of `upscale_file`.
         Yields: (source, None) when its destination is written, or (source, its SRError), in order.
         """
-        options = jobs.Options(overwrite=overwrite, quality=quality, factor=factor, size=size)
+        options = jobs.Options(
+            overwrite=overwrite, quality=quality, subsampling=subsampling, lossless=lossless, factor=factor, size=size,
+            tile=tile, max_pixels=max_pixels,
+        )  # fmt: skip
         todo = (jobs.Job(Path(src), Path(dst)) for src, dst in pairs)
-        for job, error in jobs.run_files(self, todo, options):
-            yield job.source, error
+        with closing(jobs.run_files(self, todo, options)) as results:
+            for job, error in results:
+                yield job.source, error
 
     def warmup(self, size: tuple[int, int] | None = None) -> None:
         """Run ahead of time, so that the first picture of that (height, width) meets a ready engine.
@@ -296,8 +326,9 @@ class Upscaler:
         height, width = _size(size or (self._stage.stride, self._stage.stride), "warmup size")
         plan = self._plan((height, width), None)
         meter = Meter()
-        self._expect(self._backend("uint8"), plan, meter, runs=MANY)
-        self._enlarge(np.zeros((1, height, width, 3), np.uint8), None, meter)
+        with _memory_errors((height, width)):
+            self._expect(self._backend("uint8"), plan, meter, runs=MANY)
+            self._enlarge(np.zeros((1, height, width, 3), np.uint8), None, meter)
 
     def close(self) -> None:
         """Free the engines; later calls of `upscale` raise BackendError."""
@@ -376,26 +407,37 @@ class Upscaler:
         return result
 
     def _upscale_many(self, images: Iterable[Any]) -> Iterator[np.ndarray | Image.Image | SRError]:
-        def decode(item: Any) -> Any:
-            return files.read(Path(item))[0] if isinstance(item, (str, Path)) else item
+        def decode(item: Any) -> tuple[Any, Stats]:
+            if not isinstance(item, (str, Path)):
+                return item, Stats()
+            meter = Meter()
+            with meter.part("decode"):
+                image, _ = files.read(Path(item))
+            return image, meter.stats(pictures=0)
 
-        with closing(pipeline.overlap(images, decode=decode, compute=self.upscale)) as results:
+        def compute(decoded: tuple[Any, Stats]) -> Any:
+            (image, spent), meter = decoded, Meter()
+            result = self.upscale_metered(image, meter=meter)
+            self.record(spent + meter.stats())
+            return result
+
+        with closing(pipeline.overlap(images, decode=decode, compute=compute)) as results:
             for _, result in results:
                 yield result
 
     def _pass(self, image: np.ndarray, tile: int | None, meter: Meter) -> np.ndarray:
         """Apply the network once to a checked array."""
-        planes = pixels.split(image)
-        colour = self._enlarge(planes.colour[None], tile, meter)[0]
-        alpha = planes.alpha
+        picture = planes.split(image)
+        colour = self._enlarge(picture.colour[None], tile, meter)[0]
+        alpha = picture.alpha
         if isinstance(alpha, np.ndarray):
             alpha = self._enlarge(alpha[None], tile, meter, is_alpha=True)[0]
-        return pixels.join(pixels.Planes(colour, alpha), channels=_channels(image), dtype=image.dtype)
+        return planes.join(Planes(colour, alpha), channels=_channels(image))
 
     def _enlarge(
         self, images: np.ndarray, tile: int | None, meter: Meter, *, is_alpha: bool = False, in_lanes: bool = True
     ) -> np.ndarray:
-        """(N, H, W, 3) uint8 or float32 -> (N, H*scale, W*scale, 3) of the same dtype."""
+        """(N, H, W, 3) -> (N, H*scale, W*scale, 3) of the same dtype."""
         colours = 0 if is_alpha else len(images)
         plan = self._plan(images.shape[1:3], tile)
         padded = tiling.pad_to(images, plan.padded)
@@ -438,11 +480,11 @@ class Upscaler:
         def run(task: tuple[tiling.Span, np.ndarray, list[tuple[int, tiling.Span]]]) -> np.ndarray:
             _, band, windows = task
             with meter.part("gather"):
-                inputs = tiling.gather(band, windows)
-            outputs = self._run_windows(inputs, meter)
+                pieces = tiling.gather(band, windows)
+            outputs = planes.from_engine(self._run_windows(planes.to_engine(pieces), meter), band.dtype)
             for number, (picture, _) in enumerate(windows):
                 if picture >= colours:
-                    outputs[number] = pixels.bound_alpha(outputs[number], inputs[number], scale=self.scale)
+                    outputs[number] = planes.bound_alpha(outputs[number], pieces[number], scale=self.scale)
             return outputs
 
         tasks = ((row, band, windows) for row, band in bands for windows in self._batches(len(band), plan))
@@ -514,12 +556,20 @@ class Upscaler:
             raise BackendError(
                 f"{backend.name} returned {outputs.dtype} {outputs.shape}, expected {inputs.dtype} {expected}"
             )
-        if outputs.dtype == np.float32 and not np.isfinite(outputs).all():
+        if self._has_nan(inputs, outputs):
             raise BackendError(
                 f"stage {self._stage.name!r} on {backend.name} {backend.precision} produced NaN or infinite values; "
                 "use precision='fp32' or another stage"
             )
         return outputs
+
+    def _has_nan(self, inputs: np.ndarray, outputs: np.ndarray) -> bool:
+        """Tell whether a network computed NaN or infinity, which a graph with 8-bit ends turns into black."""
+        if outputs.dtype == np.uint8:
+            if outputs.any() or inputs.mean() <= DARK:
+                return False
+            outputs = self._backend("float32").run(inputs / np.float32(255))
+        return not np.isfinite(outputs).all()
 
     def _expect(self, backend: Backend, plan: tiling.Plan, meter: Meter, *, runs: int) -> None:
         """Have the engine made ready for a plan's windows; what it has no memory for is cut when its turn comes."""
@@ -567,10 +617,13 @@ def _channels(image: np.ndarray) -> int | None:
 
 def _size(value: Any, name: str) -> tuple[int, int]:
     """Take (height, width), whole numbers from 1. Raises: OptionError."""
-    expected = "(height, width), both from 1"
+    expected = f"(height, width), both from 1 to {MAX_SIDE}"
     if not isinstance(value, Sequence) or len(value) != 2:
         raise OptionError(f"{name} {value!r}: {expected}")
-    return _count(value[0], name, expected), _count(value[1], name, expected)
+    height, width = _count(value[0], name, expected), _count(value[1], name, expected)
+    if max(height, width) > MAX_SIDE:
+        raise OptionError(f"{name}: {expected}")
+    return height, width
 
 
 def _count(value: Any, name: str, expected: str) -> int:

@@ -13,7 +13,13 @@ from . import opening, pixels
 from .errors import BackendUnavailable, ImageError
 
 # Pillow's format -> libvips' loader. Never chosen by content: libvips knows formats that run other programs.
-LOADERS = {"PNG": "pngload_source", "TIFF": "tiffload_source", "AVIF": "heifload_source"}
+LOADERS = {
+    "PNG": "pngload_source",
+    "JPEG": "jpegload_source",
+    "MPO": "jpegload_source",
+    "TIFF": "tiffload_source",
+    "AVIF": "heifload_source",
+}
 
 
 def import_vips(what: str) -> Any:
@@ -33,28 +39,32 @@ def is_installed() -> bool:
     return importlib.util.find_spec("pyvips") is not None
 
 
-def read(path: Path, kind: str, *, max_pixels: int | None) -> np.ndarray:
+def opened(pyvips: Any, source: Path | bytes, kind: str) -> Any:
+    """Open a file, or the bytes of one, as a pyvips picture that is decoded once, from top to bottom."""
+    # From a source and not by name: libvips takes options out of names like "a.png[page=2]".
+    new = pyvips.Source.new_from_memory if isinstance(source, bytes) else pyvips.Source.new_from_file
+    stream = new(source if isinstance(source, bytes) else os.fsencode(source))
+    return getattr(pyvips.Image, LOADERS[kind])(stream, fail_on="error", access="sequential")
+
+
+def read(source: Path | bytes, kind: str, *, name: object, max_pixels: int | None) -> np.ndarray:
     """Read a file in the depth that it has.
 
-    kind: Pillow's name of the format. Returns: an array that pixels.check_array accepts, orientation not applied.
-    Raises: ImageError if it is damaged, too large, or holds what is not supported; BackendUnavailable.
+    kind: Pillow's name of the format. name: of the picture, in messages.
+    Returns: an array that pixels.check_array accepts, orientation not applied.
+    Raises: ImageError if it is too large, or holds what is not supported; pyvips.Error if it is damaged;
+    BackendUnavailable.
     """
     if kind not in LOADERS:
         raise ImageError(f"{kind} of more than 8 bits a channel is not supported; convert it to PNG or TIFF")
-    pyvips = import_vips(f"{path}: {kind} of this depth or layout")
-    try:
-        # From a source and not by name: libvips takes options out of names like "a.png[page=2]".
-        source = pyvips.Source.new_from_file(os.fsencode(path))
-        image = getattr(pyvips.Image, LOADERS[kind])(source, fail_on="error", access="sequential")
-        opening.check_size((image.width, image.height), max_pixels)
-        if image.interpretation == "cmyk":
-            image = image.icc_transform("srgb", embedded=True, depth=16 if image.format == "ushort" else 8)
-        elif image.interpretation in ("lab", "labs", "labq", "xyz"):
-            image = image.colourspace("rgb16")
-        bits = image.get("bits-per-sample") if kind == "AVIF" and image.get_typeof("bits-per-sample") else 16
-        array: np.ndarray = image.numpy()
-    except pyvips.Error as exc:
-        raise ImageError(f"damaged picture ({opening.one_line(exc)})") from exc
+    image = opened(import_vips(f"{name}: {kind} of this depth or layout"), source, kind)
+    opening.check_size((image.width, image.height), max_pixels)
+    if image.interpretation == "cmyk":
+        image = image.icc_transform("srgb", embedded=True, depth=16 if image.format == "ushort" else 8)
+    elif image.interpretation in ("lab", "labs", "labq", "xyz"):
+        image = image.colourspace("rgb16")
+    bits = image.get("bits-per-sample") if kind == "AVIF" and image.get_typeof("bits-per-sample") else 16
+    array: np.ndarray = image.numpy()
     if array.dtype not in pixels.DTYPES or (array.ndim == 3 and array.shape[2] > 4):
         channels = array.shape[2] if array.ndim == 3 else 1
         raise ImageError(f"{channels} channels of {array.dtype} are not supported; convert to uint8, uint16 or float32")

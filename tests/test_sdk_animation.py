@@ -257,15 +257,39 @@ def test_the_number_of_frames_is_asserted(tmp_path: Path, suffix: str) -> None:
         assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("error", [BackendError("the engine failed"), ZeroDivisionError("a mistake")], ids=repr)
 @pytest.mark.parametrize("suffix", KINDS)
-def test_a_failed_frame_leaves_nothing(tmp_path: Path, suffix: str) -> None:
+def test_a_failed_frame_leaves_nothing(tmp_path: Path, suffix: str, error: Exception) -> None:
     def failing() -> Iterator[Frame]:
         yield from moving(transparent=True)[:3]
-        raise BackendError("the engine failed")
+        raise error
 
-    with pytest.raises(BackendError, match="the engine failed"):
+    with pytest.raises(type(error)) as caught:
         animation.write(tmp_path / f"a{suffix}", failing(), like=like(), overwrite=False, quality=95)
+    assert caught.value is error and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("suffix", KINDS)
+def test_what_an_encoder_raises_is_told(tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object, **options: object) -> None:
+        raise KeyError("of Pillow")
+
+    monkeypatch.setattr(Image.Image, "save", fail)
+    monkeypatch.setattr(GifImagePlugin, "getdata", fail)
+    with pytest.raises(OutputError, match=r"cannot be written \('of Pillow'\)"):
+        save(tmp_path / f"a{suffix}", moving(transparent=True))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_gif_gets_srgb(tmp_path: Path) -> None:
+    pyvips = pytest.importorskip("pyvips", reason="its Display P3 profile is taken")
+    frames = moving(transparent=False)
+    profile = pyvips.Operation.call("profile_load", "p3")
+    convert = pixels.srgb_converter(profile, name="a.gif")
+    found = opened(save(tmp_path / "a.gif", frames, icc_profile=profile))
+    for result, frame in zip(found.frames(), frames, strict=True):
+        np.testing.assert_array_equal(result.image, convert(frame.image))
+        assert (result.image != frame.image).any()
 
 
 @pytest.mark.parametrize("suffix", [".gif", ".webp", ".png", AVIF])

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,8 +15,8 @@ import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
-from sdk import Upscaler, files, large, vips
-from sdk.cli import main
+from sdk import SRError, Upscaler, files, large, vips
+from sdk.cli import main, plan_jobs
 
 pytest.importorskip("onnxruntime")
 
@@ -23,8 +27,11 @@ def clean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     monkeypatch.setenv("SR_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
     logging.captureWarnings(False)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 def photo(height: int = 8, width: int = 10, channels: int = 3) -> np.ndarray:
@@ -76,6 +83,27 @@ def test_a_folder() -> None:
     assert names("out") == ["a.png", "b.JPG"]
 
 
+def test_a_folder_gives_all_that_is_read_and_png_for_what_is_not_written() -> None:
+    names_in = ["a.ppm", "b.jp2", "c.tga", "d.ico", "e.PGM", "f.jfif", "g.bmp"]
+    for name in names_in:
+        save(f"in/{name}", format={"PGM": "PPM", "jfif": "JPEG"}.get(name[2:]))
+    run("in", "-o", "out")
+    assert names("out") == ["a.png", "b.png", "c.png", "d.png", "e.png", "f.png", "g.bmp"]
+    run("in/a.ppm", "in/c.tga", "-o", "webp", "--format", "webp")
+    assert names("webp") == ["a.webp", "c.webp"]
+
+
+def test_a_folder_that_cannot_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(self: Path) -> Iterator[Path]:
+        raise PermissionError(13, "Permission denied", str(self))
+
+    save("in/a.png")
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "iterdir", refused)
+        result = run("in", "-o", "out", code=1)
+    assert "in: the folder cannot be read (Permission denied)" in result.output and not Path("out").exists()
+
+
 def test_a_glob() -> None:
     for name in ("a1.png", "a2.png", "b.png"):
         save(f"in/{name}")
@@ -114,6 +142,26 @@ def test_two_results_of_one_name_are_refused_before_the_work(inputs: list[str], 
     result = run(*inputs, "-o", "out", *options, code=1)
     assert "would both become" in result.output
     assert not Path("out").exists()
+
+
+@pytest.mark.parametrize("system", ["windows", "darwin"])
+def test_case_does_not_tell_names_apart_where_disks_ignore_it(monkeypatch: pytest.MonkeyPatch, system: str) -> None:
+    inputs = save("in/a.JPG"), save("in/a.jpg")
+    assert len(plan_jobs(inputs, "out")[0]) == 2
+    if system == "darwin":
+        monkeypatch.setattr(sys, "platform", "darwin")
+    else:
+        monkeypatch.setattr(os.path, "normcase", lambda path: str(path).lower())
+    with pytest.raises(SRError, match="would both become"):
+        plan_jobs(inputs, "out")
+
+
+def test_a_folder_is_told_by_the_systems_own_separator_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    save("a.png")
+    assert plan_jobs(("a.png",), "out\\")[1] is None
+    monkeypatch.setattr(os, "altsep", "\\")
+    assert plan_jobs(("a.png",), "out\\")[1] == Path("out\\")
+    assert plan_jobs(("a.png",), "out/")[1] == Path("out")
 
 
 @pytest.mark.parametrize("name", ["missing.png", "none*.png", "empty", "null\0", "x" * 300])
@@ -321,3 +369,37 @@ def test_python_warnings_do_not_reach_the_terminal_raw() -> None:
         main, ["a.jpg", "-o", "b.jpg", "--model", str(bundles.shared("blur")), "--backend", "onnxruntime"]
     )
     assert "Traceback" not in result.output and result.exit_code in (0, 1)
+
+
+STUCK = """
+import sys, time
+from PIL import Image
+from sdk import cli
+
+def half_saved(image, stream, *arguments, **options):
+    stream.write(b"half of a picture")
+    stream.flush()
+    print("saving", flush=True)
+    time.sleep(3600)
+
+Image.Image.save = half_saved
+cli.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals are of POSIX")
+@pytest.mark.parametrize("number,status,word", [("SIGTERM", 143, "terminated"), ("SIGINT", 130, "interrupted")])
+def test_signals_leave_nothing_half_done(number: str, status: int, word: str) -> None:
+    save("a.png")
+    command = [sys.executable, "-c", STUCK, "a.png", "-o", "b.png", "--model", str(bundles.shared("blur"))]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout and process.stdout.readline() == "saving\n"
+        assert list(Path().glob(".sr-*.part"))
+        process.send_signal(getattr(signal, number))
+        _, text = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == status and word in text and "Traceback" not in text
+    assert names(".") in (["a.png"], ["a.png", "cache"])

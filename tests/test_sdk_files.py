@@ -6,6 +6,7 @@ import errno
 import io
 import logging
 import os
+import stat
 import struct
 import sys
 import zlib
@@ -23,7 +24,9 @@ SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 ARTIST, MAKE, ORIENTATION = 0x013B, 0x010F, 0x0112
 AVIF = pytest.mark.skipif(not opening.has_avif(), reason="this Pillow was built without AVIF")
 GPS, GPS_LATITUDE_REF = 0x8825, 1
-EXPOSURE, TAKEN = 0x8769, 0x9003
+EXPOSURE, TAKEN, MAKER_NOTE, INTEROPERABILITY = 0x8769, 0x9003, 0x927C, 0xA005
+# Of a JPEG's EXIF, where some programs leave them: strips, order of bits, a fourth sample, floating point.
+LAYOUT = {273: 8, 278: 20, 279: 1200, 266: 2, 338: 2, 339: (3, 3, 3)}
 
 
 @pytest.fixture(autouse=True)
@@ -125,6 +128,122 @@ def test_profile_and_exif_are_kept_between_formats(
         assert tags.get_ifd(EXPOSURE)[TAKEN] == "2024:01:02 03:04:05"
         # The layout of a TIFF file is not passed on as facts about the picture.
         assert target_suffix == ".tif" or not opening.LAYOUT_TAGS & set(tags)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".tif"])
+def test_tables_within_tables_are_kept_and_layout_is_not(upscaler: Upscaler, tmp_path: Path, suffix: str) -> None:
+    block = exif()
+    block[EXPOSURE] = {TAKEN: "2024:01:02 03:04:05", INTEROPERABILITY: {1: "R98"}}
+    for tag, value in LAYOUT.items():
+        block[tag] = value
+    source, target = tmp_path / "in.jpg", tmp_path / f"out{suffix}"
+    Image.fromarray(np.full((20, 20, 3), 200, np.uint8)).save(source, exif=block, quality=100)
+    upscaler.upscale_file(source, target)
+    assert abs(files.read(target)[0].astype(int) - 200).max() <= 2
+    with Image.open(target) as result:
+        tags = result.getexif()
+        assert suffix == ".tif" or not opening.LAYOUT_TAGS & set(tags)
+        assert tags.get_ifd(EXPOSURE)[TAKEN] == "2024:01:02 03:04:05"
+        assert tags.get_ifd(INTEROPERABILITY) == {1: "R98"}
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".tif"])
+def test_layers_of_photoshop_are_not_copied(upscaler: Upscaler, tmp_path: Path, suffix: str) -> None:
+    from PIL.TiffImagePlugin import ImageFileDirectory_v2
+
+    tags = ImageFileDirectory_v2()
+    tags[37724], tags[ARTIST] = b"Adobe Photoshop Document Data Block\0" + bytes(100_000), "A. Painter"
+    tags.tagtype[37724] = 7
+    Image.fromarray(photo()).save(tmp_path / "in.tif", tiffinfo=tags)
+    upscaler.upscale_file(tmp_path / "in.tif", tmp_path / f"out{suffix}")
+    with Image.open(tmp_path / f"out{suffix}") as result:
+        assert 37724 not in result.getexif() and result.getexif()[ARTIST] == "A. Painter"
+
+
+def test_exif_too_long_for_jpeg_is_dropped_and_said(
+    upscaler: Upscaler, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    block = exif()
+    block[EXPOSURE] = {MAKER_NOTE: bytes(70_000)}
+    Image.fromarray(photo()).save(tmp_path / "in.png", exif=block)
+    upscaler.upscale_file(tmp_path / "in.png", tmp_path / "out.png")
+    assert len(files.read(tmp_path / "out.png")[1].exif) > 70_000 and "EXIF" not in caplog.text
+    upscaler.upscale_file(tmp_path / "in.png", tmp_path / "out.jpg")
+    assert files.read(tmp_path / "out.jpg")[1].exif is None and "out.jpg: the EXIF data are longer" in caplog.text
+
+
+@pytest.mark.parametrize("suffix", [".bmp", ".gif"])
+def test_formats_without_a_profile_get_srgb(tmp_path: Path, suffix: str, caplog: pytest.LogCaptureFixture) -> None:
+    pyvips = pytest.importorskip("pyvips", reason="its Display P3 profile is taken")
+    profile, image = pyvips.Operation.call("profile_load", "p3"), photo(4, 4)
+    expected = ImageCms.profileToProfile(
+        Image.fromarray(image), ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB"),
+        renderingIntent=ImageCms.Intent.RELATIVE_COLORIMETRIC, flags=0x2000,
+    )  # fmt: skip
+    path = tmp_path / f"a{suffix}"
+    for given, wanted in ((profile, np.asarray(expected)), (SRGB, image), (None, image)):
+        files.write(path, image, files.Metadata(given), quality=95, overwrite=True)
+        np.testing.assert_array_equal(files.read(path)[0], wanted)
+    assert abs(np.asarray(expected).astype(int) - image).max() > 10 and caplog.text == ""
+    for shown, given in ((image, SRGB[:16] + b"CMYK" + SRGB[20:]), (image, bytes(200)), (image[:, :, :1], profile)):
+        caplog.clear()
+        files.write(path, shown, files.Metadata(given), quality=95, overwrite=True)
+        np.testing.assert_array_equal(files.read(path)[0].reshape(4, 4, -1)[..., : shown.shape[2]], shown)
+        assert "ICC profile" in caplog.text and f"a{suffix}" in caplog.text
+
+
+@pytest.mark.parametrize("gamma,said", [(45455, False), (100_000, True)])
+def test_a_gamma_of_png_that_is_lost_is_told(
+    tmp_path: Path, gamma: int, said: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    chunk = b"gAMA" + struct.pack(">I", gamma)
+    chunk = struct.pack(">I", 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    for options in ({}, {"icc_profile": SRGB}):
+        data = encode(Image.fromarray(photo()), "PNG", **options)
+        (tmp_path / "a.png").write_bytes(data[:33] + chunk + data[33:])
+        caplog.clear()
+        np.testing.assert_array_equal(files.read(tmp_path / "a.png")[0], photo())
+        assert ("a.png: its PNG gamma" in caplog.text) == (said and not options)
+
+
+def test_a_transparent_value_of_1_bit_is_kept(tmp_path: Path) -> None:
+    picture = Image.fromarray(np.array([[0, 255], [255, 0]], np.uint8)).convert("1")
+    for value in (0, 1):
+        picture.save(tmp_path / "a.png", transparency=value)
+        alpha = files.read(tmp_path / "a.png")[0][:, :, 3]
+        np.testing.assert_array_equal(alpha, np.array([[0, 255], [255, 0]]) if value == 0 else [[255, 0], [0, 255]])
+
+
+def test_bytes_are_read_as_files_are(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    pytest.importorskip("pyvips")
+    for suffix, image in ((".png", photo()), (".jpg", photo()), (".png", deep_photo(3)), (".tif", deep_photo(2))):
+        path = tmp_path / f"a{suffix}"
+        files.write(path, image, files.Metadata(SRGB, exif(ORIENTATION=6).tobytes()), quality=95, overwrite=True)
+        (expected, metadata), (result, same) = files.read(path), files.read_bytes(path.read_bytes())
+        np.testing.assert_array_equal(result, expected)
+        assert same == metadata and metadata.exif
+        with pytest.raises(ImageError, match=r"^the picture: too large"):
+            files.read_bytes(path.read_bytes(), max_pixels=10)
+        with pytest.raises(ImageError, match=r"^upload 7: (?!the picture)"):
+            files.read_bytes(path.read_bytes()[:-200], name="upload 7")
+    for data in (b"", b"no picture", bytes(100)):
+        with pytest.raises(ImageError, match="known format"):
+            files.read_bytes(data)
+
+
+@pytest.mark.parametrize("options", [{}, {"bigtiff": True}], ids=str)
+def test_a_tiff_unknown_to_pillow_keeps_its_metadata(tmp_path: Path, options: dict[str, bool]) -> None:
+    pyvips = pytest.importorskip("pyvips")
+    image = deep_photo(2)
+    picture = pyvips.Image.new_from_array(image).copy(interpretation="grey16")
+    picture.set_type(pyvips.GValue.gint_type, "orientation", 6)
+    picture.set_type(pyvips.GValue.gstr_type, "image-description", "a ramp")
+    picture.write_to_file(str(tmp_path / "a.tif"), **options)
+    result, metadata = files.read(tmp_path / "a.tif")
+    np.testing.assert_array_equal(result, np.rot90(image, -1))
+    tags = Image.Exif()
+    tags.load(metadata.exif)
+    assert tags[0x010E] == "a ramp" and not opening.LAYOUT_TAGS & set(tags)
 
 
 def test_exif_tables_of_compressed_tiff_are_kept(tmp_path: Path) -> None:
@@ -376,13 +495,42 @@ def test_the_limit_of_pixels_is_an_argument(tmp_path: Path, monkeypatch: pytest.
     Image.fromarray(photo(20, 30)).save(path)
     if suffix not in (".webp", ".tif"):  # whose plug-ins ask Pillow's limit themselves
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)  # of all threads: neither asked nor changed
-    for limit in (600, 0, None):
+    for limit in (600, np.int64(600), 0, None):
         assert files.read(path, max_pixels=limit)[0].shape == (20, 30, 3)
-    with pytest.raises(ImageError, match=r"30 x 20 px, the limit is 599.*max_pixels"):
+    with pytest.raises(ImageError, match=r"30 x 20 px, the limit is 599.*max_pixels \(--max-pixels\)"):
         files.read(path, max_pixels=599)
-    for limit in (-1, 1.5, "many"):
+    for limit in (-1, 1.5, "many", True, np.bool_(True)):
         with pytest.raises(OptionError, match="max_pixels"):
             files.read(path, max_pixels=limit)
+
+
+def test_the_limit_holds_within_an_icon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its table tells 16 x 16, and what lies inside is larger; Pillow decodes that as it opens the file."""
+    from PIL import IcoImagePlugin
+
+    picture = Image.fromarray(photo(50, 60))
+    bitmap = bytearray(encode(picture, "DIB"))
+    bitmap[8:12] = struct.pack("<i", 100)  # height, with that of the mask
+    old = struct.pack("<IHHHH", 12, 60, 100, 1, 24) + bytes(2000)
+    path = tmp_path / "a.ico"
+    for inner in (encode(picture, "PNG"), bytes(bitmap) + bytes(400), old):
+        head = struct.pack("<HHHBBBBHHII", 0, 1, 1, 16, 16, 0, 0, 1, 24, len(inner), 22)
+        path.write_bytes(head + inner)
+        if inner is not old:
+            with pytest.warns(UserWarning, match="expected size"):
+                assert files.read(path, max_pixels=3000)[0].shape[:2] == (50, 60)
+        with monkeypatch.context() as patched:
+            patched.setattr(IcoImagePlugin.IcoImageFile, "load", lambda image: pytest.fail("decoded"))
+            with pytest.raises(ImageError, match="60 x 50 px, the limit is 2999"):
+                files.read(path, max_pixels=2999)
+
+
+def test_the_limit_of_pillow_names_a_way_out() -> None:
+    with (
+        pytest.raises(ImageError, match=r"a\.webp: too large.*MAX_IMAGE_PIXELS.*or convert it to PNG"),
+        opening.told("a.webp"),
+    ):
+        raise Image.DecompressionBombError("more than Pillow's limit")
 
 
 def test_the_limit_holds_for_libvips_too(tmp_path: Path) -> None:
@@ -456,7 +604,13 @@ def test_long_names_of_any_alphabet_can_be_written(tmp_path: Path) -> None:
     assert target.exists()
 
 
-@pytest.mark.parametrize("quality", [0, 101, -1, "high", None, 9.5])
+def test_a_quality_of_numpy_is_taken(tmp_path: Path) -> None:
+    files.write(tmp_path / "a.jpg", photo(), files.Metadata(), quality=np.int64(30), overwrite=False)
+    files.write(tmp_path / "b.jpg", photo(), files.Metadata(), quality=30, overwrite=False)
+    assert (tmp_path / "a.jpg").read_bytes() == (tmp_path / "b.jpg").read_bytes()
+
+
+@pytest.mark.parametrize("quality", [0, 101, -1, "high", None, 9.5, True])
 def test_quality_is_checked(upscaler: Upscaler, tmp_path: Path, quality: object) -> None:
     Image.fromarray(photo()).save(tmp_path / "in.png")
     with pytest.raises(OptionError, match="quality"):
@@ -584,6 +738,34 @@ def test_a_file_that_appears_meanwhile_is_not_overwritten(
 
 def no_links(*arguments: object) -> None:
     raise OSError(errno.EPERM, "Operation not permitted")
+
+
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_a_file_and_then_its_name_are_brought_to_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overwrite: bool
+) -> None:
+    target, synced, kinds = tmp_path / "a.png", os.fsync, []
+
+    def sync(descriptor: int) -> None:
+        kinds.append((stat.S_ISDIR(os.fstat(descriptor).st_mode), target.exists()))
+        synced(descriptor)
+
+    monkeypatch.setattr(files.os, "fsync", sync)
+    files.write(target, photo(), files.Metadata(), quality=95, overwrite=overwrite)
+    assert kinds == [(False, False), (True, True)]
+
+
+def test_only_errors_of_encoders_become_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ZeroDivisionError), files.new_file(tmp_path / "a.png", overwrite=False):
+        raise ZeroDivisionError
+
+    def fail(*arguments: object, **options: object) -> None:
+        raise KeyError("of Pillow")
+
+    monkeypatch.setattr(Image.Image, "save", fail)
+    with pytest.raises(OutputError, match=r"a\.png: cannot be written \('of Pillow'\)"):
+        files.write(tmp_path / "a.png", photo(), files.Metadata(), quality=95, overwrite=False)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_unfinished_files_can_be_removed_from_outside(tmp_path: Path) -> None:

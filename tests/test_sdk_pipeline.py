@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from sdk import ImageError, OutputError
+from sdk import ImageError, OutputError, pipeline
 from sdk.pipeline import AHEAD, overlap
 
 
@@ -58,14 +58,14 @@ def test_few_items_are_taken_ahead_and_few_results_wait() -> None:
     results = overlap(source(), decode=same, compute=same, encode=lambda item, result: encoded.append(item))
     for count in range(1, 30):
         next(results)
-        assert len(taken) <= count + AHEAD + 1
-        assert len(encoded) <= count + AHEAD + 1
+        assert len(taken) <= count + AHEAD  # this one, and those after it
+        assert len(encoded) <= count + AHEAD
     results.close()
 
 
 def test_a_finished_result_does_not_wait_for_the_next_item() -> None:
-    """A source that waits for the results of earlier items, as an interactive one does, must not hang for good."""
-    given = threading.Semaphore(AHEAD + 1)
+    """A source that waits for the result of each item, as an interactive one does, must not hang for good."""
+    given = threading.Semaphore(1)
 
     def source() -> Iterator[int]:
         for n in range(12):
@@ -90,6 +90,34 @@ def test_a_consumer_that_stops_leaves_no_thread_and_no_half_work() -> None:
     results.close()
     assert threading.active_count() == before
     assert started == finished and len(finished) < 10
+
+
+def test_a_source_that_blocks_does_not_hold_a_consumer_that_stops(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline, "PATIENCE_S", 0.01)
+    released = threading.Event()
+
+    def source() -> Iterator[int]:
+        yield 0
+        released.wait()
+
+    results = overlap(source(), decode=same, compute=same)
+    assert next(results) == (0, 0)
+    results.close()
+    (taker,) = (thread for thread in threading.enumerate() if thread.name == "sr-take")
+    released.set()
+    taker.join()
+
+
+def test_an_error_of_the_source_comes_after_what_it_gave() -> None:
+    def source() -> Iterator[int]:
+        yield from range(10)
+        raise ZeroDivisionError
+
+    results, before = overlap(source(), decode=same, compute=same), threading.active_count()
+    assert [next(results) for _ in range(10)] == [(n, n) for n in range(10)]
+    with pytest.raises(ZeroDivisionError):
+        next(results)
+    assert threading.active_count() == before
 
 
 def test_an_interrupt_ends_the_threads() -> None:

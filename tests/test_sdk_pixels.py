@@ -97,18 +97,6 @@ def test_hidden_colour_makes_no_fringe(blur: Upscaler, dtype: type) -> None:
     assert (result[visible & inside][:, :3] >= opaque * 0.999).all()
 
 
-def test_bleeding_leaves_visible_colour_alone() -> None:
-    rng = np.random.default_rng(2)
-    colour = rng.integers(0, 256, (33, 17, 3), dtype=np.uint8)
-    for share in (0.001, 0.5, 0.99):
-        visible = rng.random((33, 17)) < share
-        filled = pixels._bleed(colour, visible)
-        np.testing.assert_array_equal(filled[visible], colour[visible])
-        if visible.any():
-            low, high = colour[visible].min(axis=0), colour[visible].max(axis=0)
-            assert (filled >= low).all() and (filled <= high).all()
-
-
 @pytest.mark.parametrize("kind", ["identity", "blur"])
 def test_a_constant_colour_is_kept(kind: str) -> None:
     with Upscaler(bundles.shared(kind), backend="onnxruntime") as upscaler:
@@ -223,6 +211,31 @@ def test_a_truncated_pil_file_is_refused(identity: Upscaler, tmp_path: Path) -> 
     path.write_bytes(path.read_bytes()[:3000])
     with Image.open(path) as picture, pytest.raises(ImageError):
         identity.upscale(picture)
+
+
+@pytest.mark.parametrize("error", [OSError("cut"), SyntaxError("a"), RuntimeError(), ValueError("b\nc"), MemoryError()])
+def test_whatever_a_damaged_pil_file_raises_is_told(
+    identity: Upscaler, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fail() -> None:
+        raise error
+
+    picture = Image.new("RGB", (4, 4))
+    monkeypatch.setattr(picture, "load", fail)
+    with pytest.raises(ImageError, match=r"^the picture: ") as caught:
+        identity.upscale(picture)
+    assert "\n" not in str(caught.value) and caught.value.__cause__ is error
+
+
+def test_a_transparent_value_is_never_lost(identity: Upscaler) -> None:
+    picture = Image.fromarray(np.array([[0, 255]], np.uint8)).convert("1")
+    for value, alpha in ((0, (0, 255)), (1, (255, 0)), (255, (255, 0))):  # before Pillow 10.4, white is 1
+        picture.info["transparency"] = value
+        assert pixels.from_pil(picture)[0, :, 3].tolist() == list(alpha)
+    deep = Image.fromarray(np.full((4, 4), 7, np.uint16))
+    deep.info["transparency"] = 7
+    with pytest.raises(ImageError, match="no 16 bits of grey with alpha"):
+        identity.upscale(deep)
 
 
 def test_pil_pictures_keep_profile_and_exif(identity: Upscaler) -> None:

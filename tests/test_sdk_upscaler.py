@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sdk import BackendError, ImageError, OptionError, OutOfMemory, SRError, Stats, Upscaler, memory, pixels, upscaler
+from sdk import BackendError, ImageError, OptionError, OutOfMemory, SRError, Stats, Upscaler, memory, planes, upscaler
 from sdk.backends import HostBackend
 from sdk.bundle import Bundle
 
@@ -605,5 +605,5 @@ def test_opaque_and_invisible_stay_exactly_that(dtype: type, most: int) -> None:
 def test_bound_alpha() -> None:
     alpha = np.array([[0, 0, 0, 100, 100]], np.uint8)[:, :, None]
     enlarged = np.array([[3, 3, 3, 3, 3, 3, 97, 130, 90, 101]], np.uint8).repeat(2, axis=0)[:, :, None]
-    bounded = pixels.bound_alpha(enlarged, alpha, scale=2)[:, :, 0]
+    bounded = planes.bound_alpha(enlarged, alpha, scale=2)[:, :, 0]
     assert bounded.tolist() == [[0, 0, 0, 0, 3, 3, 97, 100, 100, 100]] * 2

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .cuda import Device
 
 LOG = logging.getLogger(__name__)
+MAX_THREADS = 1024
 PRECISIONS = ("auto", "fp32", "fp16", "bf16")
 
 CHECK_STRIDES = 8  # side of the picture that a new fp16 engine is checked with
@@ -156,13 +157,13 @@ def open_backend(name: str, request: Request) -> Backend:
 def thread_count() -> int | None:
     """Read how many threads an engine may use on the CPU from SR_THREADS; None: the engine decides.
 
-    Raises: OptionError if it is not a number from 1.
+    Raises: OptionError if it is not a number from 1 to 1024.
     """
     text = os.environ.get("SR_THREADS", "")
     if not text:
         return None
-    if not text.isdecimal() or int(text) < 1:
-        raise OptionError(f"SR_THREADS={text!r}: a number of threads from 1")
+    if not (text.isdecimal() and text.isascii() and len(text) <= 4 and 1 <= int(text) <= MAX_THREADS):
+        raise OptionError(f"SR_THREADS={text[:20]!r}: a number of threads from 1 to {MAX_THREADS}")
     return int(text)
 
 
