@@ -115,11 +115,14 @@ def spans(length: int, window: int, overlap: Overlap) -> list[Span]:
     return result
 
 
-def choose_window(size: tuple[int, int], *, limit: int, overlap: Overlap) -> tuple[int, int]:
+def choose_window(
+    size: tuple[int, int], *, limit: int, overlap: Overlap, max_height: int | None = None
+) -> tuple[int, int]:
     """Find the window of at most `limit` pixels that runs the fewest pixels over a whole picture.
 
-    One piece wins where it fits. Otherwise squares are tried, then shrunk to what their count needs: engines take
-    the same time for a pixel, whatever the window.
+    max_height: of a window, at least `overlap.smallest_window`, if the picture does not fit in one.
+    One piece wins where it fits. Otherwise squares are tried, or what is as large and low enough, then shrunk to what
+    their count needs: engines take the same time for a pixel, whatever the window.
     """
     stride = overlap.stride
     padded = (round_up(size[0], stride), round_up(size[1], stride))
@@ -128,7 +131,9 @@ def choose_window(size: tuple[int, int], *, limit: int, overlap: Overlap) -> tup
     largest = max(overlap.smallest_window, int(limit**0.5) // stride * stride)
     best: tuple[int, tuple[int, int]] | None = None
     for side in range(overlap.smallest_window, largest + 1, stride):
-        height, width = (_shrink(length, side, overlap) for length in padded)
+        low = side if max_height is None else min(side, max_height // stride * stride)
+        wide = side if low == side else max(side, limit // low // stride * stride)
+        height, width = (_shrink(length, window, overlap) for length, window in zip(padded, (low, wide)))
         windows = count_windows(padded[0], height, overlap) * count_windows(padded[1], width, overlap)
         cost = windows * (height * width + CALL_PIXELS)
         if best is None or cost <= best[0]:

@@ -33,19 +33,18 @@ def refilled(image: np.ndarray, cuts: list[int]) -> Iterator[np.ndarray]:
 def test_windows_of_a_buffer_that_is_filled_again(channels: int | None, cuts: list[int], side: int, step: int) -> None:
     """Every window is kept until the end: an engine may still be at one when the next is read."""
     image = picture(21, channels)
-    padded = np.concatenate([image, image[-2:-5:-1]])  # to 24 rows, mirrored without the edge
-    window = Window(refilled(image, cuts), (21, 5), stride=8)
+    window = Window(refilled(image, cuts), (21, 5))
     starts = range(0, 24 - side + 1, step)
-    found = [window.read(start, start + side) for start in starts]
+    found = [window.read(start, min(21, start + side)) for start in starts]
     window.check_end()
     for start, rows in zip(starts, found, strict=True):
-        np.testing.assert_array_equal(rows, padded[start : start + side])
+        np.testing.assert_array_equal(rows, image[start : start + side])
     assert window.dtype == np.uint8 and window.channels == channels
 
 
 def test_rows_may_be_skipped_or_read_again() -> None:
     image = picture(40)
-    window = Window(refilled(image, [0, 4, 30, 40]), (40, 5), stride=1)
+    window = Window(refilled(image, [0, 4, 30, 40]), (40, 5))
     for start, stop in ((2, 6), (3, 6), (3, 5), (4, 31), (38, 40)):
         np.testing.assert_array_equal(window.read(start, stop), image[start:stop])
 
@@ -59,7 +58,7 @@ def test_the_source_is_asked_for_no_more_than_the_window_needs() -> None:
             taken.append(top)
             yield image[top : top + 5]
 
-    window = Window(rows(), (20, 5), stride=1)
+    window = Window(rows(), (20, 5))
     for stop, tops in ((4, [0]), (5, [0]), (6, [0, 5]), (20, [0, 5, 10, 15])):
         window.read(0, stop)
         assert taken == tops
@@ -70,7 +69,7 @@ def test_bands_without_rows_are_passed_over(empty_at: int) -> None:
     image = picture(8)
     rows = [image[:4], image[4:]]
     rows.insert(empty_at, image[:0])
-    window = Window(rows, (8, 5), stride=1)
+    window = Window(rows, (8, 5))
     np.testing.assert_array_equal(window.read(0, 8), image)
     window.check_end()
 
@@ -82,7 +81,7 @@ def test_bands_without_rows_are_passed_over(empty_at: int) -> None:
     ],
 )  # fmt: skip
 def test_rows_that_do_not_make_up_the_picture(bands: list[int], message: str) -> None:
-    window = Window(map(picture, bands), (8, 5), stride=1)
+    window = Window(map(picture, bands), (8, 5))
     with pytest.raises(ImageError, match=message):
         window.read(0, 8)
         window.check_end()
@@ -90,6 +89,6 @@ def test_rows_that_do_not_make_up_the_picture(bands: list[int], message: str) ->
 
 @pytest.mark.parametrize("other", [picture(4, 4), picture(4, None), picture(4).astype(np.uint16)])
 def test_bands_of_two_kinds_are_refused(other: np.ndarray) -> None:
-    window = Window([picture(4), other], (8, 5), stride=1)
+    window = Window([picture(4), other], (8, 5))
     with pytest.raises(ImageError, match="differ"):
         window.read(0, 8)

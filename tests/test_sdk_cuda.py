@@ -314,7 +314,7 @@ def test_the_window_comes_from_the_memory_of_the_gpu(machine: fake_cuda.Machine)
 def test_a_closed_backend(machine: fake_cuda.Machine) -> None:
     opened = on_gpu()
     opened.upscale(photo(8, 8))
-    backend = opened._backends["uint8"]
+    backend = opened._runner.backends["uint8"]
     opened.close()
     assert machine.blocks == {}
     with pytest.raises(BackendError, match="closed"):
@@ -545,7 +545,7 @@ def test_pixels_on_a_real_gpu() -> None:
         image = photo(600, 700)
         whole = on_cpu.upscale(image).astype(int)
         assert abs(opened.upscale(image, tile=128) - whole).max() <= 1
-        device = opened._backends["uint8"].on_device(0).gpu
+        device = opened._runner.backends["uint8"].on_device(0).gpu
         array = DeviceArray(device, image.shape, image.dtype)
         device.upload(array.address, image, device.new_stream())
         assert abs(opened.upscale(array, tile=128).copy_to_host() - whole).max() <= 1

@@ -245,7 +245,7 @@ def test_seconds_of_a_file_are_those_of_its_steps(
     upscaler: Upscaler, monkeypatch: pytest.MonkeyPatch, clock: Clock
 ) -> None:
     clock.slow(monkeypatch, files, "read", 1)
-    clock.slow(monkeypatch, upscaler._backends["uint8"], "run", 2)
+    clock.slow(monkeypatch, upscaler._runner.backends["uint8"], "run", 2)
     clock.slow(monkeypatch, files, "write", 4)
     steps = jobs.Steps(upscaler, Options())
     job = Job(save("a.png"), Path("b.png"))
@@ -274,7 +274,7 @@ def test_an_animation_tells_its_parts(upscaler: Upscaler, monkeypatch: pytest.Mo
     monkeypatch.setattr(animation.Animation, "frames", decode)
     monkeypatch.setattr(animation, "write", encode)
     clock.slow(monkeypatch, animation, "read", 100)
-    clock.slow(monkeypatch, upscaler._backends["uint8"], "run", 10)
+    clock.slow(monkeypatch, upscaler._runner.backends["uint8"], "run", 10)
     run_file(upscaler, Job(save_moving("a.gif"), Path("b.webp")), Options())
     stats = upscaler.stats
     assert (stats.pictures, stats.pixels) == (1, 3 * 6 * 8)

@@ -415,7 +415,7 @@ def test_a_failure_while_computing_is_told_as_it_is(
     Image.fromarray(photo(3)).save(tmp_path / "in.png")
     before = threading.active_count()
     for target in ("out.png", "out.tif", "out.jpg"):
-        monkeypatch.setattr(identity._backends["uint8"], "run", failing(error))
+        monkeypatch.setattr(identity._runner.backends["uint8"], "run", failing(error))
         with pytest.raises(type(error)) as caught:
             enlarge(identity, tmp_path / "in.png", tmp_path / target)
         assert caught.value is error

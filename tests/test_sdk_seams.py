@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from sdk import BackendUnavailable, Bundle, Upscaler, bundle, tiling
-from sdk import upscaler as module
+from sdk import runner as module
 from sdk.backends import HostBackend
 from sdk.bundle import FORMAT, MANIFEST, VERSION, Graph, HaloRow, Manifest, Stage, hash_file
 from sdk.upscaler import SEAMS
@@ -34,7 +34,7 @@ def difference(model: str | Path, engine: str, image: np.ndarray, tile: int, *, 
     pytest.importorskip(engine)
     with Upscaler(model, backend=engine, precision="fp32") as upscaler:
         if halo is not None:
-            upscaler._overlap = replace(upscaler._overlap, halo=halo)
+            upscaler._runner.overlap = replace(upscaler._runner.overlap, halo=halo)
         whole = upscaler.upscale(image, tile=UNTILED).astype(int)
         tiles = upscaler.stats.tiles
         tiled = upscaler.upscale(image, tile=tile)
@@ -72,8 +72,8 @@ def test_tiles_off_the_grid_show() -> None:
     with Upscaler(bundles.shared("unet"), backend="onnxruntime") as upscaler:
         image = noise(160, 160)
         whole = upscaler.upscale(image).astype(int)
-        upscaler._stage = replace(upscaler._stage, stride=4)
-        upscaler._overlap = tiling.Overlap(42, 4)  # more context than the 40 that are enough
+        upscaler._runner.stage = replace(upscaler._runner.stage, stride=4)
+        upscaler._runner.overlap = tiling.Overlap(42, 4)  # more context than the 40 that are enough
         assert abs(upscaler.upscale(image, tile=20) - whole).max() > 1
 
 
@@ -196,7 +196,7 @@ def test_fast_seams_show_no_step(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "open_backend", lambda name, request: Disagreeing())
     with Upscaler(bundles.shared("unet"), seams="fast") as upscaler:
         image = noise(190, 210)
-        fade = 2 * upscaler._overlap.fade
+        fade = 2 * upscaler._runner.overlap.fade
         bands = upscaler.upscale_bands(iter([image[:77], image[77:]]), (190, 210), tile=16)
         for result in (upscaler.upscale(image, tile=16), np.concatenate(list(bands))):
             result = result.astype(int)
@@ -317,7 +317,7 @@ def test_the_perceptual_unet_tiled_equals_untiled(perceptual: Path, kind: str, m
         tiled = upscaler.upscale(image, tile=160)
         assert upscaler.stats.tiles > 2, "this strip was not cut"
         assert abs(tiled - whole).max() <= 1
-        upscaler._overlap = replace(upscaler._overlap, halo=halo // 4 // 32 * 32)
+        upscaler._runner.overlap = replace(upscaler._runner.overlap, halo=halo // 4 // 32 * 32)
         assert abs(upscaler.upscale(image, tile=96) - whole).max() > 1
 
 

@@ -205,7 +205,7 @@ def test_steps_run_beside_each_other(busy: str) -> None:
 def test_windows_run_in_batches() -> None:
     with open_upscaler(batch=4) as opened:
         seen = []
-        backend = opened._backends["uint8"]
+        backend = opened._runner.backends["uint8"]
         run = backend.run
         backend.run = lambda batch: seen.append(len(batch)) or run(batch)
         opened.upscale(photo(100, 400), tile=8)
@@ -217,7 +217,7 @@ def test_windows_run_in_batches() -> None:
 
 def limit_memory(opened: Upscaler, fails: Callable[[tuple[int, ...]], bool]) -> list[tuple[int, ...]]:
     """Let the engine run out of memory for batches of some shapes; give the list of shapes that it is asked for."""
-    backend = opened._backends["uint8"]
+    backend = opened._runner.backends["uint8"]
     run, shapes = backend.run, []
 
     def limited(batch: np.ndarray) -> np.ndarray:
@@ -289,7 +289,7 @@ def test_an_engine_without_memory_to_prepare_itself(upscale: Callable[..., np.nd
     image = photo(400, 420)
     with open_upscaler(memory_mib=20) as opened:
         whole = opened.upscale(image, tile=ONE_PIECE).astype(int)
-        backend = opened._backends["uint8"]
+        backend = opened._runner.backends["uint8"]
 
         def expect(shape: tuple[int, ...], *, runs: int) -> None:
             if larger_than(20_000)(shape):
@@ -341,7 +341,7 @@ def test_python_out_of_memory_is_an_error_of_ours(
 
 def break_engine(opened: Upscaler, *, after: int) -> None:
     """Let the engine fail once, after a number of good runs."""
-    backend = opened._backends["uint8"]
+    backend = opened._runner.backends["uint8"]
     run, left = backend.run, iter(range(after))
 
     def broken(batch: np.ndarray) -> np.ndarray:
@@ -371,7 +371,7 @@ def test_nan_is_an_error_that_names_the_stage_and_the_way_out(upscale: Callable[
     image = photo(40, 50, dtype="float32")
     with open_upscaler() as opened:
         opened.upscale(image)
-        backend = opened._backends["float32"]
+        backend = opened._runner.backends["float32"]
         run = backend.run
 
         def one_nan(batch: np.ndarray) -> np.ndarray:

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sdk import BackendError, ImageError, OptionError, OutOfMemory, SRError, Stats, Upscaler, memory, planes, upscaler
+from sdk import BackendError, ImageError, OptionError, OutOfMemory, SRError, Stats, Upscaler, memory, planes, runner
 from sdk.backends import HostBackend
 from sdk.bundle import Bundle
 
@@ -63,7 +63,7 @@ def with_backend(monkeypatch: pytest.MonkeyPatch):
     """Give `with_backend(fake, **options)`, an Upscaler of the strided network's geometry that runs a fake engine."""
 
     def make(fake: object, kind: str = "unet", **options: object) -> Upscaler:
-        monkeypatch.setattr(upscaler, "open_backend", lambda name, request: fake)
+        monkeypatch.setattr(runner, "open_backend", lambda name, request: fake)
         return Upscaler(bundles.shared(kind), **options)
 
     return make
@@ -271,7 +271,7 @@ def test_a_canvas_beyond_memory_is_an_error_of_ours(with_backend, monkeypatch: p
         raise MemoryError
 
     opened, image = with_backend(FakeBackend()), photo(200, 200)
-    monkeypatch.setattr(upscaler.np, "empty", no_memory)
+    monkeypatch.setattr(runner.np, "empty", no_memory)
     with pytest.raises(OutOfMemory, match="does not fit"):
         opened.upscale(image, tile=8)
 
@@ -315,10 +315,10 @@ def test_a_failing_tile_fails_the_picture(with_backend) -> None:
 
 def test_the_float_engine_is_opened_when_needed_in_fp32() -> None:
     with open_upscaler("unet") as opened:
-        assert list(opened._backends) == ["uint8"]
-        opened._backends["uint8"].precision = "fp16"  # as on a GPU
+        assert list(opened._runner.backends) == ["uint8"]
+        opened._runner.backends["uint8"].precision = "fp16"  # as on a GPU
         opened.upscale(photo().astype(np.uint16) * 257)
-        assert opened._backends["float32"].precision == "fp32"
+        assert opened._runner.backends["float32"].precision == "fp32"
         assert opened.info["precision"] == "fp16"
 
 
