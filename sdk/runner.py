@@ -20,7 +20,7 @@ LOG = logging.getLogger(__name__)
 MANY = 1000  # runs that `warm` makes ready for
 DARK = 8  # a mean code value: what is darker may well come out black
 # Of the rows of a picture that are held at once, besides its canvas; what windows are kept low for.
-ROWS_BYTES = 640 << 20
+ROWS_BYTES = 512 << 20
 MIN_HEIGHT_HALOS = 4  # lower windows would be little but halo
 # rows of windows -> a place for their result: (shape, first row, last row) -> array of that shape.
 Place = Callable[[tuple[int, ...], int, int], np.ndarray]

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from sdk import memory
+from sdk import Upscaler, memory
+from sdk.runner import ROWS_BYTES
 
 MIB = 1 << 20
 
@@ -74,3 +76,13 @@ def test_a_containers_file_cache_is_free(machine, monkeypatch: pytest.MonkeyPatc
 def test_odd_systems_still_get_a_window(machine, meminfo: str | bytes | None, limit: str | None) -> None:
     machine(meminfo, limit, limit)
     assert 0 <= pixels(100, halo=8) <= memory.COMFORTABLE_BYTES // 150
+
+
+def test_rows_of_wide_pictures_are_held_in_bounds() -> None:
+    """Rows of windows are as wide as the picture: 16 bits and a large width make them lower."""
+    with Upscaler("fast-x2", backend="onnxruntime", device="cpu") as opened:
+        planner = opened._runner.plan
+        heights = {dtype: planner((20_000, 20_000), np.dtype(dtype)).window[0] for dtype in (np.uint8, np.uint16)}
+        assert heights[np.uint16] < heights[np.uint8]
+        assert 20_000 * 2 * 44 * heights[np.uint16] <= ROWS_BYTES
+        assert planner((3000, 4000), np.dtype(np.uint16)) == planner((3000, 4000), np.dtype(np.uint8))

@@ -141,3 +141,13 @@ def test_blending_is_smooth_along_both_axes_and_in_corners() -> None:
         steps = np.diff(result, axis=axis)
         assert (steps >= 0).all() and steps.max() <= 90 // 8 + 2
     assert abs(result - result.T).max() <= 1  # the corner knows which axis came first by its rounding only
+
+
+@pytest.mark.parametrize("max_height", [48, 50, 80, 4000])
+def test_choose_window_stays_as_low_as_it_must(max_height: int) -> None:
+    overlap = tiling.Overlap(16, 8)
+    for size in ((3000, 20000), (60, 9000), (3000, 30)):
+        height, width = tiling.choose_window(size, limit=200 * 200, overlap=overlap, max_height=max_height)
+        assert height <= max_height and height * width <= 200 * 200
+        tiling.plan(size, window=(height, width), overlap=overlap)
+    assert tiling.choose_window((100, 100), limit=200 * 200, overlap=overlap, max_height=48) == (104, 104)
