@@ -193,7 +193,7 @@ def _quantise(colour: np.ndarray, sample: np.ndarray, count: int) -> tuple[np.nd
         found, indices = np.unique(packed, return_inverse=True)
         palette = found[:, None] >> np.array((16, 8, 0), np.uint32) & 255
         return indices.reshape(colour.shape[:2]).astype(np.uint8), palette.astype(np.uint8)
-    cut = Image.fromarray(sample).quantize(count, method=Image.Quantize.MEDIANCUT)
+    cut = Image.fromarray(sample).quantize(count, method=Image.Quantize.FASTOCTREE)
     drawn = picture.quantize(palette=cut, dither=Image.Dither.FLOYDSTEINBERG)
     return np.asarray(drawn), np.reshape(drawn.getpalette() or [], (-1, 3)).astype(np.uint8)
 
