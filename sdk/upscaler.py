@@ -1,4 +1,4 @@
-"""Upscaler: plan -> gather -> run -> place. Formats, engines and colour live in the modules beside it."""
+"""Upscaler: what applications call. Cutting and running is runner.py; formats, colour and engines lie beside it."""
 
 from __future__ import annotations
 
