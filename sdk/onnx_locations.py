@@ -1,7 +1,8 @@
-"""Refuse ONNX graphs that would make an engine read files outside their bundle.
+"""Refuse ONNX graphs that would make an engine read files outside their bundle, or compute without end.
 
-A tensor may name a file that holds its data. This walks the protobuf encoding (https://protobuf.dev/programming-guides/
-encoding/) of an ONNX file with the standard library only, before any engine opens it.
+A tensor may name a file that holds its data, and a loop may run 2^62 times. This walks the protobuf encoding
+(https://protobuf.dev/programming-guides/encoding/) of an ONNX file with the standard library only, before any engine
+opens it.
 """
 
 from __future__ import annotations
@@ -11,29 +12,33 @@ from pathlib import Path
 
 from .errors import BundleError
 
-MAX_DEPTH = 100  # as protobuf's own parsers
 MAX_GRAPH_BYTES = 256 << 20  # read into memory; weights lie in a file of their own
 
-# Message -> {field number: message in it}, from onnx.proto: every way that leads to a TensorProto.
+# Message -> {field number: message in it}, from onnx.proto: every way that leads to a TensorProto, but for the refused.
 FIELDS = {
-    "Model": {7: "Graph", 20: "Training", 25: "Function"},
+    "Model": {7: "Graph", 20: "Training"},
     "Training": {1: "Graph", 2: "Graph"},
-    "Function": {7: "Node", 11: "Attribute"},
     "Graph": {1: "Node", 5: "Tensor", 15: "SparseTensor"},
     "Node": {5: "Attribute"},
-    "Attribute": {5: "Tensor", 6: "Graph", 10: "Tensor", 11: "Graph", 22: "SparseTensor", 23: "SparseTensor"},
+    "Attribute": {5: "Tensor", 10: "Tensor", 22: "SparseTensor", 23: "SparseTensor"},
     "SparseTensor": {1: "Tensor", 2: "Tensor"},
     "Tensor": {13: "ExternalData"},
     "ExternalData": {},
 }
+FUNCTIONS = 25  # field of Model
+OP_TYPE, ATTRIBUTE, DOMAIN = 4, 5, 7  # fields of Node
+SUBGRAPHS = (6, 11)  # fields of Attribute
 KEY, VALUE = 1, 2  # fields of ExternalData
+CONTROL_FLOW = {b"If", b"Loop", b"Scan", b"SequenceMap"}
+DOMAINS = {b"", b"ai.onnx"}  # both are the default one
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5  # wire types
 
 
 def check_locations(path: Path, allowed: Collection[str]) -> None:
     """Require that every external tensor of an ONNX file lies in one of the files `allowed`, bare names.
 
-    Raises: BundleError if one does not, or if the file is not well-formed protobuf.
+    Raises: BundleError if one does not, if the graph has control flow, functions or operators of other domains than
+    ONNX's own, or if the file is not well-formed protobuf.
     """
     try:
         if path.stat().st_size > MAX_GRAPH_BYTES:
@@ -41,8 +46,15 @@ def check_locations(path: Path, allowed: Collection[str]) -> None:
         data = path.read_bytes()
     except OSError as exc:
         raise BundleError(f"{path}: cannot be read ({exc.strerror})") from exc
+    locations: list[str] = []
     try:
-        locations = list(_locations(memoryview(data), "Model", 0))
+        for message, encoded in _messages(memoryview(data), "Model"):
+            if message == "Model" and any(number == FUNCTIONS for number, _, _ in _fields(encoded)):
+                raise BundleError(f"{path}: functions are not run; export the model without")
+            if message == "Node":
+                _check_operator(path, encoded)
+            if message == "ExternalData":
+                locations += _location(encoded)
     except ValueError as exc:
         raise BundleError(f"{path}: not an ONNX graph ({exc}); export the bundle again") from exc
     for location in locations:
@@ -50,23 +62,45 @@ def check_locations(path: Path, allowed: Collection[str]) -> None:
             raise BundleError(f"{path}: a tensor lies in {location[:300]!r}, which is not a file of the bundle")
 
 
-def _locations(data: memoryview, message: str, depth: int) -> Iterator[str]:
-    """Give the locations of all external data inside one encoded message."""
-    if depth > MAX_DEPTH:
-        raise ValueError(f"messages are nested deeper than {MAX_DEPTH}")
+def _messages(data: memoryview, message: str) -> Iterator[tuple[str, memoryview]]:
+    """Give (name, content) of an encoded message and of all that it holds, each before what is inside it."""
+    yield message, data
     inner = FIELDS[message]
-    entry = {KEY: b"", VALUE: b""}
     for number, wire_type, value in _fields(data):
-        if number not in inner and not (message == "ExternalData" and number in entry):
-            continue
-        if wire_type != BYTES:
-            raise ValueError(f"field {number} of {message} has wire type {wire_type}")
-        if message == "ExternalData":
-            entry[number] = bytes(value)
-        else:
-            yield from _locations(value, inner[number], depth + 1)
-    if entry[KEY] == b"location":
-        yield entry[VALUE].decode("utf-8")
+        if number in inner:
+            _check_bytes(number, message, wire_type)
+            yield from _messages(value, inner[number])
+
+
+def _check_operator(path: Path, node: memoryview) -> None:
+    """Raise BundleError if a node's operator may run without end, or is not one of ONNX's own."""
+    # The last of a repeated field counts for an engine; here any of them does.
+    values: dict[int, list[memoryview]] = {OP_TYPE: [], ATTRIBUTE: [], DOMAIN: []}
+    for number, wire_type, value in _fields(node):
+        if number in values:
+            _check_bytes(number, "Node", wire_type)
+            values[number].append(value)
+    kinds, domains = ({bytes(value) for value in values[number]} for number in (OP_TYPE, DOMAIN))
+    has_subgraph = any(number in SUBGRAPHS for value in values[ATTRIBUTE] for number, _, _ in _fields(value))
+    if has_subgraph or kinds & CONTROL_FLOW or domains - DOMAINS:
+        kind, domain = (b", ".join(sorted(names)).decode("utf-8", "replace")[:100] for names in (kinds, domains))
+        name = f"{kind!r} of the domain {domain!r}" if domain else repr(kind)
+        raise BundleError(f"{path}: the operator {name} is not run: no control flow and no custom operators are")
+
+
+def _location(entry: memoryview) -> list[str]:
+    """Give the location that an entry of external data holds: one or none."""
+    last = {KEY: b"", VALUE: b""}
+    for number, wire_type, value in _fields(entry):
+        if number in last:
+            _check_bytes(number, "ExternalData", wire_type)
+            last[number] = bytes(value)
+    return [last[VALUE].decode("utf-8")] if last[KEY] == b"location" else []
+
+
+def _check_bytes(number: int, message: str, wire_type: int) -> None:
+    if wire_type != BYTES:
+        raise ValueError(f"field {number} of {message} has wire type {wire_type}")
 
 
 def _fields(data: memoryview) -> Iterator[tuple[int, int, memoryview]]:

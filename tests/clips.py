@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
@@ -51,6 +52,7 @@ def make(
     container_options: dict[str, str] | None = None,
     colour: tuple[int, int, int, int] = (2, 0, 2, 2),
     planes: Callable[[int], list[np.ndarray | int]] | None = None,
+    duration: int | None = 1001,
     prepare: Callable[[Any, Any], None] = lambda out, stream: None,
     audio: str | None = None,
     subtitles: str | None = None,
@@ -86,7 +88,8 @@ def make(
                     moved = noise[number % 9 : number % 9 + view.shape[0], number % 7 : number % 7 + view.shape[1]]
                     view[:] = (moved.astype(np.uint16) * (4 if deep else 1)) if index == 0 else (512 if deep else 128)
             frame.pts, frame.time_base = pts[number] if pts else number * 1001, time_base
-            frame.duration = 1001
+            if duration is not None:
+                frame.duration = duration
             out.mux(stream.encode(frame))
             while sound and samples / 48000 < (number + 1) * 1001 / 24000:
                 wave = np.random.default_rng(samples).normal(0, 0.1, (1, 960)).astype(np.float32)
@@ -157,3 +160,17 @@ def no_thread_is_left() -> Iterator[None]:
     before = threading.active_count()
     yield
     assert threading.active_count() <= before
+
+
+@pytest.fixture
+def no_waiting() -> Iterator[None]:
+    """End a test that waits for a pipe, or reads a device, for ever."""
+
+    def fail(*_: object) -> None:
+        pytest.fail("waits for ever")
+
+    before = signal.signal(signal.SIGALRM, fail)
+    signal.alarm(60)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 import sys
 from fractions import Fraction
 from pathlib import Path
@@ -13,7 +14,18 @@ import av
 import bundles
 import numpy as np
 import pytest
-from clips import FILM, Doubler, decoded, make, names, no_thread_is_left, packets, rgb, times  # noqa: F401 - a fixture
+from clips import (  # noqa: F401 - two are fixtures
+    FILM,
+    Doubler,
+    decoded,
+    make,
+    names,
+    no_thread_is_left,
+    no_waiting,
+    packets,
+    rgb,
+    times,
+)
 from PIL import Image
 
 from sdk import BackendUnavailable, ImageError, OptionError, OutputError, Upscaler
@@ -224,6 +236,94 @@ def test_not_a_video(tmp_path: Path, content: bytes) -> None:
     with pytest.raises(ImageError):
         upscale_video(Doubler(), tmp_path / "missing.mp4", tmp_path / "out.mp4")
     assert names(tmp_path) == ["in.mp4"]
+
+
+@pytest.mark.usefixtures("no_waiting")
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "in.mp4")
+    with pytest.raises(ImageError, match="not a file"):
+        upscale_video(Doubler(), tmp_path / "in.mp4", tmp_path / "out.mp4")
+    with pytest.raises(ImageError, match="not a file"):
+        upscale_video(Doubler(), tmp_path, tmp_path / "out.mp4")
+
+
+HLS = "#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\nsecret.ts\n#EXT-X-ENDLIST\n"
+ADAPTATION = '<Representation id="1" bandwidth="1"><BaseURL>secret.ts</BaseURL></Representation>'
+DASH = f"""<?xml version="1.0"?><MPD xmlns="urn:mpeg:dash:schema:mpd:2011" type="static"
+mediaPresentationDuration="PT1S" profiles="urn:mpeg:dash:profile:isoff-on-demand:2011"><Period>
+<AdaptationSet mimeType="video/mp4">{ADAPTATION}</AdaptationSet></Period></MPD>"""
+
+
+@pytest.mark.parametrize("content", ["ffconcat version 1.0\nfile secret.ts\n", HLS, DASH])
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".ts", ".m3u8"])
+def test_a_file_that_names_others_is_no_video(tmp_path: Path, content: str, suffix: str) -> None:
+    make(tmp_path / "secret.ts")
+    (tmp_path / f"in{suffix}").write_text(content)
+    with pytest.raises(ImageError, match="not a video"):
+        upscale_video(Doubler(), tmp_path / f"in{suffix}", tmp_path / "out.mp4")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "http:x.mp4", "pipe:0.mp4", "concat:a.mp4|b.mp4", "file:a.mp4", "-x.mp4", "12:30 x.mp4", "a%03d.mp4",
+        "\u00fc \u732b.mp4",
+    ],
+)  # fmt: skip
+def test_a_name_is_never_an_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    make(tmp_path / "in.mp4", frames=3).rename(name)
+    Path("to:folder").mkdir()
+    for target in (Path(f"out {name}"), Path("to:folder") / name):
+        assert upscale_video(Doubler(), Path(name), target).frames == 3
+        assert len(rgb(tmp_path / target)) == 3
+
+
+@pytest.mark.parametrize(
+    ("suffix", "codec"),
+    [
+        (".mp4", "libx264"), (".m4v", "libx264"), (".mov", "libx264"), (".mkv", "libx264"), (".webm", "libvpx-vp9"),
+        (".avi", "mpeg4"), (".ts", "libx264"), (".m2ts", "libx264"), (".mts", "libx264"), (".mpg", "mpeg2video"),
+        (".mpeg", "mpeg1video"), (".wmv", "msmpeg4v3"), (".flv", "flv"), (".3gp", "mpeg4"),
+    ],
+)  # fmt: skip
+def test_containers_that_are_read(tmp_path: Path, suffix: str, codec: str) -> None:
+    base = Fraction(1001, 24000) if codec != "libx264" else FILM
+    source = make(tmp_path / f"in{suffix}", codec=codec, time_base=base, frames=6, size=(48, 64), duration=None,
+                  pts=[*range(6)] if codec != "libx264" else None)  # fmt: skip
+    assert is_video(source) and upscale_video(Doubler(), source, tmp_path / "out.mkv").frames == 6
+
+
+def test_frames_of_any_size_are_not_decoded(tmp_path: Path) -> None:
+    source, upscaler = make(tmp_path / "in.mkv"), Doubler()
+    with pytest.raises(ImageError, match=r"in.mkv: too large \(48 x 32 px, the limit is 1535 pixels\)"):
+        upscale_video(upscaler, source, tmp_path / "out.mkv", max_pixels=48 * 32 - 1)
+    with pytest.raises(OptionError, match="max_pixels"):
+        upscale_video(upscaler, source, tmp_path / "out.mkv", max_pixels=-1)
+    assert not upscaler.frames
+    for limit in (48 * 32, 0, None):
+        upscale_video(Doubler(), source, tmp_path / "out.mkv", max_pixels=limit, overwrite=True)
+
+
+def test_a_clip_too_large_for_its_encoder(tmp_path: Path) -> None:
+    source = make(tmp_path / "in.mkv", frames=1, size=(16, 8400), codec="ffv1")
+    with pytest.raises(OutputError, match=r"libx264 refuses frames of 16800 x 32 px .*; choose another codec"):
+        upscale_video(Doubler(), source, tmp_path / "out.mkv")
+    assert upscale_video(Doubler(), source, tmp_path / "out.mkv", codec="hevc").size == (32, 16800)
+
+
+@pytest.mark.parametrize(("suffix", "size"), [(".ts", 188), (".m2ts", 192)])
+def test_a_transport_stream_that_ends_inside_a_packet(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, suffix: str, size: int
+) -> None:
+    source = make(tmp_path / f"in{suffix}", frames=40)
+    data = source.read_bytes()
+    assert len(data) % size == 0
+    upscale_video(Doubler(), source, tmp_path / "whole.mp4")
+    assert "cut short" not in caplog.text
+    source.write_bytes(data[: len(data) // 2 // size * size + 100])
+    assert upscale_video(Doubler(), source, tmp_path / "out.mp4").frames < 40
+    assert "ends inside a packet" in caplog.text and "cut short" in caplog.text
 
 
 def test_sound_alone_is_not_a_video(tmp_path: Path) -> None:

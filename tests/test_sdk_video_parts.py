@@ -1,8 +1,10 @@
-"""Video: segments that join, runs that are interrupted and go on, folders that are locked, full disks."""
+"""Video: segments that join, runs that are interrupted and go on, folders that are locked or planted, full disks."""
 
 from __future__ import annotations
 
 import errno
+import hashlib
+import json
 import os
 import resource
 import signal
@@ -11,14 +13,26 @@ import sys
 import textwrap
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import bundles
 import numpy as np
 import pytest
-from clips import Doubler, make, names, no_thread_is_left, packets, pictures, rgb, stop_after, times  # noqa: F401 - a fixture
+from clips import (  # noqa: F401 - two are fixtures
+    Doubler,
+    make,
+    names,
+    no_thread_is_left,
+    no_waiting,
+    packets,
+    pictures,
+    rgb,
+    stop_after,
+    times,
+)
 
 from sdk import BackendError, OutputError, Upscaler
-from sdk.video import VideoProgress, parts, upscale_video
+from sdk.video import VideoProgress, folder, mux, parts, upscale_video
 
 pytest.importorskip("onnxruntime")
 ROOT = Path(__file__).parent.parent
@@ -27,6 +41,16 @@ ROOT = Path(__file__).parent.parent
 @pytest.fixture
 def short_segments(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parts, "SEGMENT", 8)
+
+
+def interrupted(source: Path, target: Path, **options: Any) -> Path:
+    """Run until some segments are complete; give their folder."""
+    before = set(target.parent.glob(".sr-*.parts"))
+    with pytest.raises(BackendError):
+        upscale_video(Doubler(fail=stop_after(25, BackendError("no more"))), source, target, **options)
+    (made,) = set(target.parent.glob(".sr-*.parts")) - before
+    assert {"000000.json", "000001.json"} <= set(names(made))
+    return made
 
 
 @pytest.mark.parametrize("codec", ["h264", "hevc", "vp9"])
@@ -136,17 +160,28 @@ def test_other_settings_models_and_sources_start_anew(tmp_path: Path, short_segm
     source, target = make(tmp_path / "in.mp4", frames=30), tmp_path / "out.mp4"
     with pytest.raises(BackendError):
         upscale_video(Doubler(fail=stop_after(25, BackendError("no more"))), source, target)
-    assert upscale_video(Doubler(), source, target, crf=20).resumed == 0
+    assert upscale_video(Doubler(), source, tmp_path / "1.mp4", crf=20).resumed == 0
     other = Doubler()
     other.info["model"] = "another"
-    assert upscale_video(other, source, target, overwrite=True).resumed == 0
+    assert upscale_video(other, source, tmp_path / "2.mp4").resumed == 0
     status = source.stat()
     os.utime(source, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
-    assert upscale_video(Doubler(), source, target, overwrite=True).resumed == 0
+    assert upscale_video(Doubler(), source, tmp_path / "3.mp4").resumed == 0
     os.utime(source, ns=(status.st_atime_ns, status.st_mtime_ns))
     cut_otherwise = Doubler(batch=3)
     cut_otherwise.info |= {"one_piece_pixels": 2, "largest_window": (1, 2)}  # the memory that is free differs
-    assert upscale_video(cut_otherwise, source, target, overwrite=True).resumed >= 16
+    assert upscale_video(cut_otherwise, source, target).resumed >= 16
+
+
+def test_a_finished_result_removes_what_other_settings_left_for_it(tmp_path: Path, short_segments: None) -> None:
+    source, target = make(tmp_path / "in.mp4", frames=30), tmp_path / "out.mp4"
+    interrupted(source, target, crf=20)
+    interrupted(source, target, crf=21)
+    kept = interrupted(source, tmp_path / "other.mp4", crf=22)
+    locked = interrupted(source, target, crf=23)
+    with folder.open_folder(locked):
+        upscale_video(Doubler(), source, target)
+    assert names(tmp_path) == sorted(["in.mp4", "out.mp4", kept.name, locked.name])
 
 
 def test_ctrl_c_keeps_what_is_complete(tmp_path: Path, short_segments: None, caplog: pytest.LogCaptureFixture) -> None:
@@ -185,23 +220,43 @@ def test_a_full_disk_leaves_no_result(tmp_path: Path, monkeypatch: pytest.Monkey
     assert names(tmp_path) == ["in.mp4"]
 
 
-def test_a_disk_that_fills_while_joining_keeps_the_segments(tmp_path: Path, short_segments: None) -> None:
-    """The limit of a file's size lies above every segment, and below the result: FFmpeg's own writes fail."""
-    source = make(tmp_path / "in.mp4", frames=40)
-    upscale_video(Doubler(), source, tmp_path / "whole.mp4", crf=0)
-    limit = (tmp_path / "whole.mp4").stat().st_size * 2 // 3
-    (tmp_path / "whole.mp4").unlink()
+@pytest.mark.parametrize(("limit", "crf"), [(1000, 16), (1000, 0), (5000, 0)])
+def test_a_disk_that_fills_while_encoding(tmp_path: Path, limit: int, crf: int) -> None:
+    """Buffers are written when the file is closed, too."""
+    source = make(tmp_path / "in.mp4")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
     try:
         with pytest.raises(OutputError, match="too large"):
-            upscale_video(Doubler(), source, tmp_path / "out.mp4", crf=0)
+            upscale_video(Doubler(), source, tmp_path / "out.mp4", crf=crf)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert names(tmp_path) == ["in.mp4"]
+
+
+@pytest.mark.parametrize(("suffix", "codec"), [(".mp4", "h264"), (".mkv", "h264"), (".webm", "vp9")])
+@pytest.mark.parametrize("share", [0.6, 0.99])
+def test_a_disk_that_fills_while_joining_keeps_the_segments(
+    tmp_path: Path, short_segments: None, suffix: str, codec: str, share: float
+) -> None:
+    """The limit of a file's size lies above every segment, and below the result: FFmpeg's own writes fail."""
+    source = make(tmp_path / "in.mp4", frames=40)
+    upscale_video(Doubler(), source, tmp_path / f"whole{suffix}", crf=0, codec=codec)
+    limit = int((tmp_path / f"whole{suffix}").stat().st_size * share)
+    (tmp_path / f"whole{suffix}").unlink()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        with pytest.raises(OutputError, match="too large"):
+            upscale_video(Doubler(), source, tmp_path / f"out{suffix}", crf=0, codec=codec)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     (folder,) = tmp_path.glob(".sr-*.parts")
     assert names(tmp_path) == [folder.name, "in.mp4"]
     again = Doubler()
-    assert upscale_video(again, source, tmp_path / "out.mp4", crf=0).resumed == 40 and not again.frames
+    assert (
+        upscale_video(again, source, tmp_path / f"out{suffix}", crf=0, codec=codec).resumed == 40 and not again.frames
+    )
 
 
 def test_a_refused_container_keeps_earlier_work(tmp_path: Path, short_segments: None) -> None:
@@ -241,3 +296,146 @@ def test_a_second_process_at_the_same_clip_is_refused(tmp_path: Path) -> None:
     (error,) = errors
     assert error.startswith("sdk.errors.OutputError: ") and "another call is enlarging the same clip" in error
     assert names(tmp_path) == ["in.mp4", "out.mp4"]
+
+
+def test_links_that_another_user_planted_are_not_followed(tmp_path: Path, short_segments: None) -> None:
+    source, target, victim = make(tmp_path / "in.mp4", frames=30), tmp_path / "out.mp4", tmp_path / "victim"
+    victim.write_text("precious")
+    hidden = interrupted(source, target)
+    for name in ("000000.packets", "000000.json", "000003.packets", "000003.json", "target"):
+        (hidden / name).unlink(missing_ok=True)
+        (hidden / name).symlink_to(victim)
+    assert upscale_video(Doubler(), source, target).frames == 30
+    assert victim.read_text() == "precious"
+    assert names(tmp_path) == ["in.mp4", "out.mp4", "victim"]
+
+
+@pytest.mark.usefixtures("no_waiting")
+def test_a_lock_that_is_a_link_is_refused(tmp_path: Path, short_segments: None) -> None:
+    source, target = make(tmp_path / "in.mp4", frames=30), tmp_path / "out.mp4"
+    hidden = interrupted(source, target)
+    (hidden / "lock").unlink()
+    (hidden / "lock").symlink_to(tmp_path / "new")
+    with pytest.raises(OutputError, match="lock: cannot be written"):
+        upscale_video(Doubler(), source, target)
+    (hidden / "lock").unlink()
+    os.mkfifo(hidden / "lock")
+    with pytest.raises(OutputError, match="lock: cannot be written"):
+        upscale_video(Doubler(), source, target)
+    assert names(tmp_path) == [hidden.name, "in.mp4"]
+
+
+@pytest.mark.parametrize("kind", ["link", "file", "writable by others", "of another user"])
+def test_a_folder_that_is_not_ours_is_refused(tmp_path: Path, short_segments: None, kind: str) -> None:
+    source, target, other = make(tmp_path / "in.mp4", frames=30), tmp_path / "out.mp4", tmp_path / "other"
+    hidden = interrupted(source, target)
+    assert hidden.stat().st_mode & 0o777 == 0o700
+    if kind == "link":
+        hidden.rename(other)
+        hidden.symlink_to(other)
+    elif kind == "file":
+        hidden.rename(other)
+        hidden.write_text("")
+    elif kind == "writable by others":
+        hidden.chmod(0o770)
+    elif os.geteuid() == 0:
+        os.chown(hidden, 12345, -1)
+    else:
+        pytest.skip("only root can give a folder away")
+    inside = {path: path.read_bytes() for path in [*hidden.glob("*"), *other.glob("*")]}
+    with pytest.raises(OutputError, match="not a folder of this user alone"):
+        upscale_video(Doubler(), source, target)
+    assert inside == {path: path.read_bytes() for path in inside} and not target.exists()
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_a_file_system_without_owners_is_no_obstacle(
+    tmp_path: Path, short_segments: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a stick with exFAT: whatever rights a folder is made with, all may write in it."""
+    make_folder = Path.mkdir
+    monkeypatch.setattr(Path, "mkdir", lambda path, **_: (make_folder(path), path.chmod(0o777))[0])
+    source, target = make(tmp_path / "in.mp4", frames=30), tmp_path / "out.mp4"
+    assert interrupted(source, target).stat().st_mode & 0o777 == 0o777
+    assert upscale_video(Doubler(), source, target).resumed >= 16
+
+
+PACKET = [0, 1001, 1, True]
+
+
+@pytest.mark.parametrize(
+    "packets",
+    [
+        "deep", "cut", [], {}, {"a": 1}, None, [1, 2], ["ab"], [[1, 2]], [[*PACKET, 1]], [PACKET] * 8,
+        [["x", 1, 1, True]], [[None, 1, 1, True]], [[0.5, 1, 1, True]], [[0, None, 1, True]], [[0, 1, 1, 1]],
+        [[0, 1, True, True]], [[0, 1, -1, True]], [[0, 1, 2**62, True]], [[2**70, 1, 1, True]], [[0, 2**70, 1, True]],
+        [[0, -1, 1, True]], [[5, 1001, 1, True]], [[1001 * number, 1001, 1, True] for number in range(9)],
+        [[1001 * number, 1001, 1, True] for number in range(7)],
+        [[1001 * number, 1001, 1, True] for number in range(8)],
+    ],
+    ids=lambda packets: str(packets)[:24],
+)  # fmt: skip
+def test_lists_that_do_not_fit_are_made_again(tmp_path: Path, short_segments: None, packets: Any) -> None:
+    source, target = make(tmp_path / "in.mp4", frames=30), tmp_path / "out.mp4"
+    hidden = interrupted(source, target)
+    text = (hidden / "000000.json").read_text()
+    if packets == "deep":
+        text = "[" * 100_000
+    elif packets == "cut":
+        text += " " * parts.MAX_LISTING_BYTES
+        text = text[:1] + text[1:].rjust(len(text) + 10)
+    else:
+        text = json.dumps({**json.loads(text), "packets": packets, "sha256": hashlib.sha256(b"x").hexdigest()})
+        (hidden / "000000.packets").write_bytes(b"x")
+    (hidden / "000000.json").write_text(text)
+    again = Doubler()
+    report = upscale_video(again, source, target, crf=16)
+    assert report.frames == 30 == report.resumed + len(again.frames) and report.resumed >= 8
+    assert times(target) == times(source) and names(tmp_path) == ["in.mp4", "out.mp4"]
+
+
+@pytest.mark.parametrize(
+    "name", ["-1.json", "-00001.json", "000099.json", "x.json", "00000\u0663.json", "9" * 200 + ".json"]
+)
+def test_lists_of_no_segment_are_ignored(tmp_path: Path, short_segments: None, name: str) -> None:
+    source, target = make(tmp_path / "in.mp4", frames=30), tmp_path / "out.mp4"
+    hidden = interrupted(source, target)
+    (hidden / name).write_bytes((hidden / "000000.json").read_bytes())
+    (hidden / name).with_suffix(".packets").write_bytes((hidden / "000000.packets").read_bytes())
+    assert upscale_video(Doubler(), source, target).frames == 30
+    assert names(tmp_path) == ["in.mp4", "out.mp4"]
+
+
+@pytest.mark.usefixtures("no_waiting")
+def test_segments_that_are_pipes_or_devices_are_made_again(tmp_path: Path, short_segments: None) -> None:
+    source, target = make(tmp_path / "in.mp4", frames=30), tmp_path / "out.mp4"
+    hidden = interrupted(source, target)
+    for name in ("000000.json", "000001.packets"):
+        (hidden / name).unlink()
+        os.mkfifo(hidden / name)
+    (hidden / "000002.packets").unlink(missing_ok=True)
+    (hidden / "000002.packets").symlink_to("/dev/zero")
+    again = Doubler()
+    assert upscale_video(again, source, target).frames == 30 == len(again.frames)
+    assert names(tmp_path) == ["in.mp4", "out.mp4"]
+
+
+def test_timestamps_that_a_container_refuses_keep_nothing(tmp_path: Path, short_segments: None) -> None:
+    """MP4 counts 2^31 ticks from frame to frame: said before any frame is computed, where packets tell."""
+    pts = [*range(20), 2**40]
+    source = make(tmp_path / "in.mkv", frames=21, pts=pts, time_base=Fraction(1, 24), codec="ffv1")
+    upscaler = Doubler()
+    with pytest.raises(OutputError, match=r"cannot hold a frame of \d+ s; write an .mkv file"):
+        upscale_video(upscaler, source, tmp_path / "out.mp4")
+    assert not upscaler.frames and names(tmp_path) == ["in.mkv"]
+    assert upscale_video(upscaler, source, tmp_path / "out.mkv").frames == 21
+
+
+def test_a_clip_that_ffmpeg_refuses_at_the_end_keeps_nothing(
+    tmp_path: Path, short_segments: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mux, "_check_pauses", lambda *_: None)
+    source = make(tmp_path / "in.mkv", frames=21, pts=[*range(20), 2**40], time_base=Fraction(1, 24), codec="ffv1")
+    with pytest.raises(OutputError, match="cannot be written"):
+        upscale_video(Doubler(), source, tmp_path / "out.mp4")
+    assert names(tmp_path) == ["in.mkv"]

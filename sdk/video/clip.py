@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from .. import opening
 from ..errors import ImageError
 from . import ffmpeg
 from .colour import UNSPECIFIED, Colour, read_colour
@@ -33,7 +34,8 @@ class Clip:
 
     stream: index of its video. size: (height, width) as stored; transpose, flip_rows, flip_columns: what turns it
     upright, in this order. frames: expected. pts: of the frames to be shown, in time_base, rising; empty where packets
-    do not tell. chroma: like "420". lost: what its frames carry that the result cannot.
+    do not tell. chroma: like "420". lost: what its frames carry that the result cannot. max_pixels: rough limit of a
+    frame, None for none.
     """
 
     path: Path
@@ -50,19 +52,23 @@ class Clip:
     chroma: str
     colour: Colour
     lost: tuple[str, ...]
+    max_pixels: int | None
 
 
-def probe(path: Path) -> Clip:
+def probe(path: Path, *, max_pixels: int | None = opening.MAX_PIXELS) -> Clip:
     """Read what is to be known of a clip.
 
+    max_pixels: largest frame that is decoded; 0 or None is no limit.
     Raises: ImageError if the file is missing, has no video, is truncated, or holds what cannot be enlarged.
     """
-    with ffmpeg.reading(path), ffmpeg.opened(path) as (container, stream):
+    with ffmpeg.reading(path), ffmpeg.opened(path, max_pixels=max_pixels) as (container, stream):
+        _check_size(path, stream, max_pixels)
         pts, frames = _scan(path, container, stream)
-    with ffmpeg.reading(path), ffmpeg.opened(path) as (container, stream):
+    with ffmpeg.reading(path), ffmpeg.opened(path, max_pixels=max_pixels) as (container, stream):
         first = next(container.decode(stream), None)
         if first is None:
             raise ImageError(f"{path}: none of its {frames} frames can be decoded")
+        _check_size(path, first, max_pixels)
         side_data = first.side_data
         if "DOVI_METADATA" in side_data and first.colorspace == UNSPECIFIED:
             raise ImageError(f"{path}: Dolby Vision without a base in known colours (profile 5) is not supported")
@@ -89,6 +95,7 @@ def probe(path: Path) -> Clip:
             chroma=_chroma(first.format),
             colour=read_colour(first, name=str(path)),
             lost=lost,
+            max_pixels=max_pixels,
         )
 
 
@@ -97,10 +104,16 @@ def format_time(pts: int | None, time_base: Any) -> str:
     return "time unknown" if pts is None else f"{float(pts * time_base):.3f} s"
 
 
+def _check_size(path: Path, frame: Any, max_pixels: int | None) -> None:
+    with opening.told(path):
+        opening.check_size((frame.width, frame.height), max_pixels)
+
+
 def _scan(path: Path, container: Any, stream: Any) -> tuple[np.ndarray, int]:
     """Read all packets without decoding: give the rising pts of the frames to be shown, and their number.
 
     Raises: ImageError if the file ends before its headers say; FFmpeg reads such a file to its end and is content.
+    Transport streams have no such headers: there is a warning if one ends inside a packet.
     """
     pts: list[int | None] = []
     packets, end_s = 0, 0.0
@@ -128,6 +141,8 @@ def _scan(path: Path, container: Any, stream: Any) -> tuple[np.ndarray, int]:
         raise ImageError(f"{path}: truncated: {text}; if it is whole, remux it (ffmpeg -i IN -c copy OUT.mkv)")
     if not pts:
         raise ImageError(f"{path}: its video stream is empty")
+    if container.format.name == "mpegts" and _ends_inside_packet(path):
+        LOG.warning("%s: ends inside a packet, after %d frames: it may be cut short", path, packets)
     known = [value for value in pts if value is not None]
     complete = len(known) == len(pts) and stream.codec_context.name in ONE_TO_ONE
     return np.array(sorted(known) if complete else [], np.int64), len(pts)
@@ -150,6 +165,16 @@ def _missing_bytes(path: Path) -> int:
         return 0
     at, size, unknown = number(at + size + 4)
     return 0 if unknown else at + size - path.stat().st_size
+
+
+def _ends_inside_packet(path: Path) -> bool:
+    """Tell whether a transport stream ends inside one of its packets, of 188 bytes or a few more (ISO 13818-1)."""
+    with open(path, "rb") as stream:
+        head = stream.read(4096)
+    for size, before in ((188, 0), (192, 4), (204, 0)):
+        if len(head) > 4 * size and set(head[before : before + 4 * size : size]) == {0x47}:
+            return path.stat().st_size % size > 0
+    return False  # begins inside one itself, as a recording may
 
 
 def _orientation(path: Path, matrix: Any) -> tuple[bool, bool, bool]:

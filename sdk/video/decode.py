@@ -36,7 +36,7 @@ def decode(clip: Clip, is_done: Callable[[int], bool]) -> Generator[Frame | None
     av = ffmpeg.load()
     reformatter = av.video.reformatter.VideoReformatter()
     index, last, skipped = -1, None, 0
-    with ffmpeg.reading(clip.path), ffmpeg.opened(clip.path) as (container, stream):
+    with ffmpeg.reading(clip.path), ffmpeg.opened(clip.path, max_pixels=clip.max_pixels) as (container, stream):
         try:
             for index, frame in enumerate(container.decode(stream)):
                 where = f"{clip.path}: frame {index} ({format_time(frame.pts, clip.time_base)})"

@@ -4,7 +4,7 @@ Encoded frames are kept in a hidden folder beside the result, `.sr-KEY.parts`, u
 was interrupted, even by SIGKILL, is continued by the same call: KEY is made of the source's path, size and time of
 change, of the model and of the settings, so that nothing else is ever mixed in. The folder is removed when the result
 stands, when the source turns out damaged, and on errors before the first segment was complete; otherwise it stays for
-the next call (delete it if there will be none).
+the next call (delete it if there will be none). A finished call removes those of other settings for its result.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .. import files, pipeline
+from .. import files, opening, pipeline
 from ..errors import OutputError
 from . import ffmpeg, mux
 from .clip import Clip, probe
@@ -70,36 +70,45 @@ def upscale_video(
     overwrite: bool = False,
     crf: int = 16,
     codec: str = "auto",
+    max_pixels: int | None = files.MAX_PIXELS,
     progress: Callable[[VideoProgress], None] | None = None,
 ) -> VideoReport:
     """Enlarge every frame of a video; sound, subtitles, chapters, metadata and timestamps are copied.
 
     crf: the encoder's quality, 0 (best) to 51, or 63 for vp9. codec: "h264", "hevc", "vp9", or "auto": vp9 in WebM,
-    else h264, and hevc for more than 8 bits. progress: called in this thread after each batch.
+    else h264, and hevc for more than 8 bits. max_pixels: larger frames are refused; 0 or None is no limit. progress:
+    called in this thread after each batch.
     Matrix and range of the source are used and kept; an untagged source counts as BT.709 from 720 rows on, else as
     BT.601, limited, and the result says so. More than 8 bits run in 16 and come out as 10. Rotated clips come out
     upright. An interrupted call is continued by the same call (see the module).
-    Raises: ImageError if the source is no video, damaged, truncated, interlaced or has alpha; OutputError if the result
-    cannot be written, its container cannot hold a stream, or another call is at the same clip; OptionError;
+    Raises: ImageError if the source is no video, damaged, truncated, too large, interlaced or has alpha; OutputError if
+    the result cannot be written, its container cannot hold a stream, or another call is at the same clip; OptionError;
     BackendError if the engine fails; BackendUnavailable without PyAV. No partial result stays at dst.
     """
     ffmpeg.load()
+    opening.check_max_pixels(max_pixels)
     src, dst = Path(src), Path(dst)
     started = time.monotonic()
     check_output(dst, overwrite=overwrite)
-    clip = probe(src)
+    clip = probe(src, max_pixels=max_pixels)
     encoding = choose_encoding(clip, dst, scale=upscaler.scale, codec=codec, crf=crf)
     headers, left_out = mux.try_headers(clip, encoding, dst)
     for item in left_out:
         LOG.warning("%s: not copied: %s", src, item)
     folder = dst.parent / f".sr-{_key(upscaler, clip, encoding)}.parts"
-    with open_parts(folder, clip, encoding, headers) as parts:
+    with open_parts(folder, dst, clip, encoding, headers) as parts:
         resumed = parts.frames
         if resumed:
             LOG.info("%s: going on with %d of %d frames done", src, resumed, clip.frames)
         frames = _enlarge(upscaler, clip, parts, progress)
         with files.new_file(dst, overwrite=overwrite) as stream:
-            written = mux.join(Path(stream.name), clip, encoding, dst, parts.packets())
+            try:
+                written = mux.join(Path(stream.name), clip, encoding, dst, parts.packets())
+            except OutputError as exc:
+                refusal = isinstance(exc.__cause__, ffmpeg.load().error.FFmpegError)
+                if refusal and not isinstance(exc.__cause__, (OSError, MemoryError)):  # it would come again
+                    parts.remove()
+                raise
             if not frames == parts.frames == written:
                 parts.remove()  # going on from it would end here again
                 raise OutputError(f"{dst}: {frames} frames were decoded and {written} written; nothing is kept")

@@ -11,6 +11,8 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..errors import OutputError
 from . import ffmpeg
 from .clip import Clip
@@ -20,6 +22,8 @@ from .encoding import Encoding, configure
 # Metadata that the muxer makes anew, of the file and (beginnings) of the video.
 BRANDS = ("major_brand", "minor_version", "compatible_brands", "encoder")
 STALE = ("encoder", "duration", "rotate", "bps", "number_of_", "_statistics")
+
+MIN_TICKS = 10000  # a second, in FFmpeg's MP4 files
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,8 @@ def try_headers(clip: Clip, encoding: Encoding, dst: Path) -> tuple[str, tuple[s
 
     Returns: the encoder's headers in hex, and what is left out. Raises: OutputError.
     """
+    if written_format(dst) in ("mp4", "mov"):
+        _check_pauses(clip, dst)
     with ffmpeg.writing(dst), _opened_output(io.BytesIO(), clip, encoding, dst) as output:
         return (output.video.codec_context.extradata or b"").hex(), output.left_out
 
@@ -48,7 +54,7 @@ def join(path: Path, clip: Clip, encoding: Encoding, dst: Path, packets: Iterabl
     Returns: the video packets of the finished file, as a reader finds them. Raises: ImageError, OutputError.
     """
     with ffmpeg.writing(dst):
-        with _opened_output(str(path), clip, encoding, dst) as output:
+        with _opened_output(ffmpeg.url(path), clip, encoding, dst) as output:
             ours = ((packet, output.video) for packet in packets)
             theirs = ((packet, output.copied[packet.stream.index]) for packet in _source_packets(clip, output))
             for packet, stream in heapq.merge(ours, theirs, key=lambda pair: _decoding_time(pair[0])):
@@ -56,6 +62,18 @@ def join(path: Path, clip: Clip, encoding: Encoding, dst: Path, packets: Iterabl
                 output.container.mux(packet)
         with ffmpeg.opened(path) as (container, stream):
             return sum(packet.size > 0 and not packet.is_discard for packet in container.demux(stream))
+
+
+def _check_pauses(clip: Clip, dst: Path) -> None:
+    """Raise OutputError if a frame lasts longer than MP4 can tell: 2^31 ticks, of which FFmpeg takes 10000 a second."""
+    ticks = clip.time_base.denominator
+    while ticks < MIN_TICKS:
+        ticks *= 2
+    longest = int(np.diff(clip.pts).max(initial=0)) * clip.time_base
+    if longest * ticks >= 2**31:
+        raise OutputError(
+            f"{dst}: {dst.suffix} files cannot hold a frame of {float(longest):.0f} s; write an .mkv file"
+        )
 
 
 def _decoding_time(packet: Any) -> Fraction:
@@ -79,10 +97,11 @@ def _opened_output(target: Any, clip: Clip, encoding: Encoding, dst: Path) -> It
     ticks = clip.time_base.denominator * -(-1000 // clip.time_base.denominator)
     options = {"movie_timescale": str(ticks)} if kind in ("mp4", "mov") else {}
     with (
-        ffmpeg.opened(clip.path) as (source, _),
+        ffmpeg.opened(clip.path, max_pixels=clip.max_pixels) as (source, _),
         av.open(target, "w", format=kind, container_options=options) as container,
     ):
-        video, copied, left_out = None, {}, []
+        video: Any = None
+        copied, left_out = {}, []
         for stream in source.streams:  # in their order
             if stream.index == clip.stream:
                 video = _add_video(container, stream, clip, encoding, dst)
@@ -94,6 +113,13 @@ def _opened_output(target: Any, clip: Clip, encoding: Encoding, dst: Path) -> It
                 left_out.append(_describe(stream))
         container.metadata.update({key: text for key, text in source.metadata.items() if key.lower() not in BRANDS})
         container.set_chapters(source.chapters())
+        try:
+            video.codec_context.open()
+        except (av.error.FFmpegError, ValueError) as exc:
+            height, width = encoding.size
+            text = f"{encoding.library} refuses frames of {width} x {height} px in {encoding.pixel_format}"
+            reason = getattr(exc, "strerror", None) or exc
+            raise OutputError(f"{dst}: {text} ({reason}); choose another codec or a smaller source") from exc
         try:
             container.start_encoding()
         except (av.error.FFmpegError, ValueError) as exc:

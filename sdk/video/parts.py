@@ -11,11 +11,14 @@ import hashlib
 import itertools
 import json
 import logging
+import math
 import os
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from .. import files
 from ..errors import ImageError, OutputError
@@ -24,23 +27,25 @@ from .clip import Clip
 from .colour import to_yuv
 from .decode import Frame
 from .encoding import Encoding, configure
+from .folder import name_target, new_file, open_file, open_folder, remove_others
 
 LOG = logging.getLogger(__name__)
 SEGMENT = 240  # frames: what an interruption can cost at most, against a key frame more every so often
+MAX_LISTING_BYTES = 1 << 20  # some 60 bytes a frame are usual
+INT64 = range(-(2**63), 2**63)
 
 
 @contextlib.contextmanager
-def open_parts(folder: Path, clip: Clip, encoding: Encoding, headers: str) -> Iterator[Parts]:
-    """Open the folder for one process at a time, and remove it at the end.
+def open_parts(folder: Path, target: Path, clip: Clip, encoding: Encoding, headers: str) -> Iterator[Parts]:
+    """Open the folder for one process at a time, and remove it at the end, with those of other settings.
 
     It stays if the block fails after a segment is complete, unless the source is what is damaged.
-    headers: of the encoder, in hex; segments with others are made again. Raises: OutputError.
+    target: the result. headers: of the encoder, in hex; segments with others are made again. Raises: OutputError.
     """
-    with ffmpeg.writing(folder):
-        folder.mkdir(exist_ok=True)
-    with _locked(folder):
+    with open_folder(folder):
         parts = Parts(folder, clip, encoding, headers)
         try:
+            name_target(folder, target)
             yield parts
         except BaseException as exc:
             if isinstance(exc, ImageError) or not parts.segments:
@@ -49,34 +54,7 @@ def open_parts(folder: Path, clip: Clip, encoding: Encoding, headers: str) -> It
                 LOG.warning("the frames done so far are kept in %s; the same call goes on from there", folder)
             raise
         parts.remove()
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Refuse a folder that another call works in. The system lifts the lock when its process ends, however it does.
-
-    Without flock, on Windows and on some network drives, nothing is refused.
-    """
-    if os.name != "posix":
-        yield
-        return
-    import fcntl
-
-    path = folder / "lock"
-    with contextlib.ExitStack() as stack:
-        with ffmpeg.writing(path):
-            stream = stack.enter_context(open(path, "ab"))
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            is_free = path.exists()  # else the other call has just ended, and removed the folder
-        except BlockingIOError:
-            is_free = False
-        except OSError as exc:
-            LOG.debug("%s: cannot be locked (%s)", path, exc)
-            is_free = True
-        if not is_free:
-            raise OutputError(f"{folder}: another call is enlarging the same clip; wait until it has ended")
-        yield
+    remove_others(folder, target)
 
 
 class Parts:
@@ -85,9 +63,9 @@ class Parts:
     def __init__(self, folder: Path, clip: Clip, encoding: Encoding, headers: str):
         self.folder, self.clip, self.encoding, self.headers = folder, clip, encoding, headers
         self.segments: dict[int, dict[str, Any]] = {}
-        for path in folder.glob("*.json"):
-            if listing := self._read(path):
-                self.segments[int(path.stem)] = listing
+        for number in range(math.ceil(clip.frames / SEGMENT)):
+            if listing := self._read(number):
+                self.segments[number] = listing
 
     @property
     def frames(self) -> int:
@@ -109,13 +87,14 @@ class Parts:
         Every segment's encoder counted its own decoding times, which may overlap those of its neighbour: they are made
         anew, each the pts of the frame shown `delay` frames earlier.
         """
-        listings = [self.segments[number]["packets"] for number in range(len(self.segments))]
+        numbers = sorted(self.segments)
+        listings = [self.segments[number]["packets"] for number in numbers]
         delay = max(_reordering([pts for pts, *_ in listing]) for listing in listings)
         shown = sorted(pts for listing in listings for pts, *_ in listing)
         dts = iter([pts - (shown[delay] - shown[0]) for pts in shown[:delay]] + shown)
-        for number, listing in enumerate(listings):
+        for number, listing in zip(numbers, listings):
             digest = hashlib.sha256()
-            with open(self._path(number, "packets"), "rb") as stream:
+            with open_file(self._path(number, "packets")) as stream:
                 for pts, duration, size, is_keyframe in listing:
                     data = stream.read(size)
                     digest.update(data)
@@ -141,7 +120,7 @@ class Parts:
         digest, count = hashlib.sha256(), 0
         with contextlib.ExitStack() as stack:
             with ffmpeg.writing(self.folder):
-                stream = stack.enter_context(open(self._path(number, "packets"), "wb"))
+                stream = stack.enter_context(new_file(self._path(number, "packets")))
 
             def encode(picture: Any) -> None:
                 with ffmpeg.writing(self.folder):
@@ -167,18 +146,40 @@ class Parts:
             target.write(json.dumps(listing).encode())
         self.segments[number] = listing
 
-    def _read(self, path: Path) -> dict[str, Any] | None:
+    def _read(self, number: int) -> dict[str, Any] | None:
         """Read the list of a segment; None if it, or the segment's packets, are not as they were written."""
         try:
-            listing = json.loads(path.read_bytes())
-            digest = hashlib.sha256()
-            with open(self._path(int(path.stem), "packets"), "rb") as stream:
+            with open_file(self._path(number, "json")) as stream:
+                listing = json.loads(stream.read(MAX_LISTING_BYTES))  # a longer one is cut, and no JSON any more
+            if listing["headers"] != self.headers or not self._fits(number, listing["packets"]):
+                return None
+            left, digest = sum(size for _, _, size, _ in listing["packets"]), hashlib.sha256()
+            with open_file(self._path(number, "packets")) as stream:
+                if os.fstat(stream.fileno()).st_size != left:
+                    return None
                 while block := stream.read(1 << 20):
                     digest.update(block)
-            is_whole = listing["sha256"] == digest.hexdigest() and listing["headers"] == self.headers
-            return listing if is_whole and listing["packets"] else None
-        except (OSError, ValueError, KeyError, TypeError):
+            return listing if listing["sha256"] == digest.hexdigest() else None
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return None
+
+    def _fits(self, number: int, packets: Any) -> bool:
+        """Tell whether a list is of packets that a segment of this clip can have. Raises: ValueError, TypeError."""
+        for pts, duration, size, is_keyframe in packets:
+            if not (type(pts) is type(duration) is type(size) is int and type(is_keyframe) is bool):
+                return False
+            if not (pts in INT64 and duration in INT64 and duration >= 0 and size > 0):
+                return False
+        shown, known = sorted(pts for pts, *_ in packets), self.clip.pts
+        if not 0 < len(set(shown)) == len(packets) <= SEGMENT:
+            return False
+        if not known.size:
+            return True
+        first = int(np.searchsorted(known, shown[0]))
+        end = first + len(shown)
+        is_full = len(shown) == SEGMENT or end == len(known)
+        # Later than by its number if the decoder leaves out the first frames.
+        return is_full and first >= number * SEGMENT and np.array_equal(known[first:end], shown)
 
     def _path(self, number: int, suffix: str) -> Path:
         return self.folder / f"{number:06d}.{suffix}"
