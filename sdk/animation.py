@@ -21,6 +21,7 @@ from .opening import MAX_PIXELS, Metadata
 
 LOG = logging.getLogger(__name__)
 FORMATS = ("GIF", "WEBP", "PNG", "AVIF")
+MAX_MS = {"GIF": 10 * gif.MAX_DELAY, "WEBP": (1 << 24) - 1, "PNG": 1000 * png.MAX_DELAY}  # that a frame may stay
 SPLITTERS = {"GIF": gif.read_parts, "PNG": png.read_parts}  # those that Pillow composes wrongly
 
 
@@ -40,7 +41,8 @@ class Animation:
     """An animated file.
 
     size: (height, width) of its frames. plays: how often all is shown, 0 for ever. kind: Pillow's name of the format.
-    orientation: that of EXIF, which is applied to the frames.
+    orientation: that of EXIF, which is applied to the frames. longest_ms: of the times of the frames, 0 if it is not
+    known before they are decoded.
     """
 
     path: Path
@@ -51,6 +53,7 @@ class Animation:
     kind: str
     orientation: int = 1
     max_pixels: int | None = MAX_PIXELS
+    longest_ms: float = 0.0
 
     def frames(self) -> Iterator[Frame]:
         """Decode one frame after the other, each composed with those before it.
@@ -70,7 +73,7 @@ class Animation:
         """Give ((H, W, 4) uint8 RGBA, milliseconds) of each frame, not turned."""
         if self.kind in SPLITTERS:
             size = self.size if self.orientation in opening.SWAPPED else self.size[::-1]
-            with open(self.path, "rb") as stream:
+            with opening.open_source(self.path) as stream:
                 yield from composing.compose(SPLITTERS[self.kind](stream), size, max_pixels=self.max_pixels)
             return
         with opening.opened(self.path, max_pixels=self.max_pixels) as image:
@@ -94,15 +97,18 @@ def read(path: Path, *, max_pixels: int | None = MAX_PIXELS) -> Animation | None
             return None
         with opening.opened(path, max_pixels=max_pixels) as image:
             count = _count(image) if image.format in FORMATS else 1
+            times = _read_times(image)
+            if len(times) > max(count, 1):
+                LOG.warning("%s: %d frames, only the %d that its header tells are read", path, len(times), count)
             if count < 2:
                 return None
             if opening.depth(image) > 8:
                 raise ImageError("animations of more than 8 bits a channel are not supported; convert it first")
             orientation = image.getexif().get(opening.ORIENTATION, 1)
             size = image.size if orientation in opening.SWAPPED else image.size[::-1]
-            return Animation(
-                path, size, count, _plays(image), opening.take_metadata(image), image.format, orientation, max_pixels
-            )
+            longest = max(times[:count], default=0.0)
+            metadata = opening.take_metadata(image)
+            return Animation(path, size, count, _plays(image), metadata, image.format, orientation, max_pixels, longest)
 
 
 def check_output(path: Path, size: tuple[int, int], *, overwrite: bool, scale: int = 1) -> None:
@@ -134,15 +140,16 @@ def write(
     GIF: each frame gets its own palette, alpha becomes visible or not, times are rounded to 10 ms without drift.
     WebP: libwebp joins equal frames and adds their times. GIF holds neither ICC profile nor EXIF and is brought to
     sRGB; AVIF holds no loops.
-    Raises: OutputError if frames are missing or too many, or it cannot be written; what `frames` raises passes, but
-    for OSError.
+    Raises: OutputError if frames are missing, too many or stay too long, or it cannot be written; what `frames` raises
+    passes, but for OSError.
     """
     quality = files.check_quality(quality)
     files.check_subsampling(subsampling)
     check_output(path, like.size, overwrite=overwrite)
     kind = files.FORMATS[path.suffix.lower()]
+    _check_time(like.longest_ms, kind)
     metadata = files.fit_metadata(path, like.metadata, channels=4)
-    counting = _counted(frames, like.count)
+    counting = _counted(frames, like.count, kind)
     with files.new_file(path, overwrite=overwrite) as stream, files.encoding(path, counting) as counted:
         if kind == "GIF":
             convert = pixels.srgb_converter(like.metadata.icc_profile, name=path)
@@ -163,6 +170,22 @@ def _count(image: Any) -> int:
     return int(getattr(image, "n_frames", 1)) - (image.format == "PNG" and bool(image.info.get("default_image")))
 
 
+def _read_times(image: Any) -> list[float]:
+    if image.format != "PNG":
+        return []
+    position = image.fp.tell()
+    times = png.read_times(image.fp)
+    image.fp.seek(position)
+    return times
+
+
+def _check_time(milliseconds: float, kind: str) -> None:
+    """Raise OutputError for a frame that stays longer than a format can tell."""
+    limit = MAX_MS.get(kind, milliseconds)
+    if milliseconds > limit:
+        raise OutputError(f"a frame stays {milliseconds / 1000:g} s, and {kind} holds at most {limit / 1000:g} s")
+
+
 def _plays(image: Any) -> int:
     loop = image.info.get("loop")
     if image.format == "GIF":  # repetitions after the first time, as browsers and libwebp's gif2webp take it
@@ -170,8 +193,8 @@ def _plays(image: Any) -> int:
     return loop or 0
 
 
-def _counted(frames: Iterable[Frame], count: int) -> Iterator[tuple[np.ndarray, float]]:
-    """Pass on pictures and times of the frames and require that there are `count`, of one size."""
+def _counted(frames: Iterable[Frame], count: int, kind: str) -> Iterator[tuple[np.ndarray, float]]:
+    """Pass on pictures and times of the frames and require that there are `count`, of one size and for a format."""
     number, size = 0, None
     for number, frame in enumerate(frames, 1):
         size = size or frame.image.shape
@@ -181,6 +204,7 @@ def _counted(frames: Iterable[Frame], count: int) -> Iterator[tuple[np.ndarray, 
             )
         if number > count:
             raise OutputError(f"more than the {count} frames that were expected; nothing is written")
+        _check_time(frame.milliseconds, kind)
         yield frame.image, frame.milliseconds
     if number != count:
         raise OutputError(f"{number} frames instead of {count}; nothing is written")

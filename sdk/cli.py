@@ -166,10 +166,12 @@ def plan_jobs(
 ) -> tuple[list[Job], Path | None]:
     """Pair every input picture with its output files, and give the output folder if one is needed.
 
-    Raises: OutputError if an input matches nothing, or two results would become one file; ImageError for a folder that
-    cannot be read.
+    Raises: OptionError if an input or the output is empty; OutputError if an input matches nothing, or two results
+    would become one file; ImageError for a folder that cannot be read.
     """
     sources, several = _expand(inputs)
+    if not output:
+        raise OptionError("-o is empty: a file or a folder is needed")
     is_folder = several or os.path.isdir(output) or output.endswith((os.sep, os.altsep or os.sep))
     folder = Path(output) if is_folder else None
     jobs = []
@@ -208,6 +210,8 @@ def _expand(inputs: tuple[str, ...]) -> tuple[list[Path], bool]:
     sources: list[Path] = []
     several = len(inputs) > 1
     for text in inputs:
+        if not text:  # of a shell variable that is not set; the system would take it for the folder we are in
+            raise OptionError("an empty IN: name a file, a folder or a glob")
         path = Path(text)
         if os.path.isdir(path):
             found = _pictures(path)

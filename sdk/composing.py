@@ -52,6 +52,7 @@ def compose(
         inside = box[0] < box[2] and box[1] < box[3]
         if inside:
             with opening.opened(io.BytesIO(part.data), max_pixels=max_pixels) as image:
+                opening.load(image)
                 picture = image.convert("RGBA").crop((0, 0, box[2] - box[0], box[3] - box[1]))
             if part.over:
                 canvas.alpha_composite(picture, box[:2])

@@ -36,6 +36,7 @@ FORMATS = {
 }
 PLAIN = ("BMP", "GIF")  # hold neither ICC profile nor EXIF
 MAX_JPEG_EXIF = 65533  # bytes of a marker
+MAX_PNG_PROFILE = 1 << 20  # bytes that Pillow inflates
 MAX_SIDE = {"JPEG": 65500, "WEBP": 16383, "GIF": 65535, "AVIF": 65536}
 PHOTOMETRIC, WHITE_IS_ZERO = 262, 0
 PNG_LEVEL = 4  # a third of level 6's time for half a percent more bytes (measured, on photographs)
@@ -82,7 +83,10 @@ def _read_source(source: Path | bytes, name: object, max_pixels: int | None) -> 
 
 def _read(source: Path | bytes, image: Any, name: object, max_pixels: int | None) -> tuple[np.ndarray, Metadata]:
     depth = opening.depth(image)
-    if getattr(image, "n_frames", 1) > 1:
+    if image.format == "TIFF":
+        if image.is_animated:  # to count pages takes the square of their number, and fails if one is damaged
+            LOG.warning("%s: several pages, only the first is read", name)
+    elif getattr(image, "n_frames", 1) > 1:
         LOG.warning("%s: %d frames, only the first is read", name, image.n_frames)
     if opening.has_odd_gamma(image):
         LOG.warning("%s: %s", name, ODD_GAMMA)
@@ -94,7 +98,7 @@ def _read(source: Path | bytes, image: Any, name: object, max_pixels: int | None
     elif depth > 8:
         array = opening.turn(_grey16(image, depth), image.getexif().get(opening.ORIENTATION))
     else:
-        image.load()
+        opening.load(image)
         array = pixels.from_pil(ImageOps.exif_transpose(image), name=name)
     metadata = opening.take_metadata(image)
     if image.mode in pixels.PROFILED:  # the profile has been used
@@ -104,7 +108,7 @@ def _read(source: Path | bytes, image: Any, name: object, max_pixels: int | None
 
 def _grey16(image: Any, depth: int) -> np.ndarray:
     """Decode grey of 9 to 16 bits to the whole range of uint16, which Pillow does for some formats only."""
-    image.load()
+    opening.load(image)
     if image.mode == "I" and image.format in ("PNG", "PPM"):
         return np.asarray(image).astype(np.uint16)
     array = pixels.from_pil(image)
@@ -226,6 +230,9 @@ def fit_metadata(path: Path, metadata: Metadata, *, channels: int) -> Metadata:
     colour_space = "RGB" if kind in ("WEBP", "AVIF") or channels >= 3 else "L"
     if metadata.icc_profile and not pixels.fits_profile(metadata.icc_profile, colour_space):
         LOG.warning("%s: the ICC profile is not of the result's colour space and is dropped", path)
+        metadata = replace(metadata, icc_profile=None)
+    if kind == "PNG" and len(metadata.icc_profile or b"") > MAX_PNG_PROFILE:
+        LOG.warning("%s: the ICC profile is longer than readers of PNG accept and is dropped", path)
         metadata = replace(metadata, icc_profile=None)
     if kind == "JPEG" and len(metadata.exif or b"") > MAX_JPEG_EXIF:
         LOG.warning("%s: the EXIF data are longer than JPEG can hold and are dropped", path)

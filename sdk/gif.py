@@ -37,9 +37,11 @@ def read_parts(stream: BinaryIO) -> Iterator[Part]:
     stream.seek(0)
     head = _take(stream, 13)
     table = _read_table(stream, head[10])
-    control = Control()
+    control: Control | None = None
     while True:
         kind = stream.read(1)
+        if kind == b"" and control:
+            raise ValueError("the file ends before a frame that was announced")
         if kind in (END, b""):  # some files lack the end
             return
         if kind == EXTENSION:
@@ -53,6 +55,7 @@ def read_parts(stream: BinaryIO) -> Iterator[Part]:
             code = _take(stream, 1)
             data = b"".join(bytes((len(block),)) + block for block in _blocks(stream))
             flags = (flags & (TABLE | SIZE) if local else head[10] & (TABLE | SIZE)) | flags & INTERLACED
+            control = control or Control()
             yield Part(
                 data=b"GIF89a"
                 + struct.pack("<HHBBB", width, height, flags & ~INTERLACED, 0, 0)
@@ -71,7 +74,7 @@ def read_parts(stream: BinaryIO) -> Iterator[Part]:
                 disposal=control.disposal,
                 milliseconds=control.milliseconds,
             )
-            control = Control()
+            control = None
         # Anything else is skipped, as browsers and Pillow do: stray ends of blocks are common.
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -13,16 +14,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import animation, compare, files, large, pipeline, resize, vips
+from . import animation, compare, files, large, memory, pipeline, pixels, resize, vips
 from .animation import Animation, Frame
-from .errors import OutOfMemory, SRError
+from .errors import ImageError, OutOfMemory, SRError
 from .files import MAX_PIXELS, Metadata
-from .stats import Meter, Stats
+from .stats import Meter, Stats, shape_pixels
 
 if TYPE_CHECKING:
     from .upscaler import Upscaler
 
 LOG = logging.getLogger(__name__)
+FRAME_PIXEL_BYTES = 4  # of an animation's frame, RGBA
 MAX_ENCODERS = 4  # threads; each holds one result
 
 
@@ -63,11 +65,12 @@ class Enlarged:
     """What a job has still to write.
 
     picture: with its metadata; None if it went out in frames or bands. shown: a picture before and after, for the
-    panel. spent: up to now; None if it is in the totals already.
+    panel, and the ICC profile of both. spent: up to now; None if it is in the totals already.
     """
 
     picture: tuple[np.ndarray, Metadata] | None = None
     shown: tuple[np.ndarray, np.ndarray] | None = None
+    profile: bytes | None = None
     spent: Stats | None = None
 
 
@@ -121,12 +124,12 @@ class Steps:
         with meter.part("decode"):
             moving = animation.read(job.source, max_pixels=options.max_pixels)
         if moving:
-            wanted = self._check(job, moving.size)
+            wanted = self._check(job, moving.size, FRAME_PIXEL_BYTES)
             animation.check_output(job.target, wanted, overwrite=options.overwrite)
             return partial(self._enlarge_frames, job, moving, meter.stats(pictures=0))
         with meter.part("decode"):
             image, metadata = files.read(job.source, max_pixels=options.max_pixels)
-        wanted = self._check(job, image.shape[:2])
+        wanted = self._check(job, image.shape[:2], image.nbytes // shape_pixels(image))
         files.check_format(job.target, image, scale=1)
         files.check_side(job.target, wanted, scale=1)
         return partial(self._enlarge_still, job, image, metadata, meter.stats(pictures=0))
@@ -139,8 +142,10 @@ class Steps:
                 image, metadata = enlarged.picture
                 files.write(job.target, image, metadata, **self._how())
             if enlarged.shown and job.panel:
-                panel = _panel(job.panel, *enlarged.shown)
-                files.write(job.panel, panel, Metadata(), quality=options.quality, overwrite=options.overwrite)
+                panel, profile = _panel(job.panel, *enlarged.shown), enlarged.profile
+                if profile and not pixels.fits_profile(profile, "RGB"):  # one of grey, and the panel is RGB
+                    profile = None
+                files.write(job.panel, panel, Metadata(profile), quality=options.quality, overwrite=options.overwrite)
         if enlarged.spent:
             self.upscaler.record(enlarged.spent + meter.stats(pictures=0))
 
@@ -163,7 +168,7 @@ class Steps:
         if files.FORMATS[job.target.suffix.lower()] == "JPEG" and options.subsampling not in large.SUBSAMPLE:
             return f"with a subsampling of {' or '.join(large.SUBSAMPLE)} it would be streamed"
         if options.factor is not None or options.size is not None:
-            height, width = large._read_header(job.source, max_pixels=None).size
+            height, width = large.read_header(job.source, max_pixels=None).size
             if self._target_size((height, width)) != (height * scale, width * scale):
                 return f"{scale} times as large it would be streamed"
         return None
@@ -172,21 +177,33 @@ class Steps:
         options = self.options
         return resize.target_size(size, scale=self.upscaler.scale, factor=options.factor, size_wanted=options.size)
 
-    def _check(self, job: Job, size: tuple[int, int]) -> tuple[int, int]:
+    def _check(self, job: Job, size: tuple[int, int], pixel_bytes: int) -> tuple[int, int]:
         """Refuse a size or destination that cannot be; give the size of the result."""
-        wanted = self._target_size(size)
+        wanted, scale = self._target_size(size), self.upscaler.scale
+        grown = scale ** resize.count_passes(size, wanted, scale=scale)
+        # Without a pass the picture itself, which is there already, would be the larger one.
+        height, width = max((size[0] * grown, size[1] * grown), wanted, key=math.prod) if grown > 1 else wanted
+        needed, free = height * width * pixel_bytes, memory.free_bytes()
+        if needed > free:
+            raise ImageError(
+                f"{job.source}: {width} x {height} pixels, which it is enlarged to, take {needed >> 20} MiB of memory, "
+                f"and {free >> 20} MiB are free; ask for a smaller factor or size"
+            )
         for target in job.targets:
             files.check_output(target, overwrite=self.options.overwrite)
         return wanted
 
     def _stream(self, job: Job) -> Enlarged:
-        large.enlarge(self.upscaler, job.source, job.target, self.options)
+        with _named(job):
+            large.enlarge(self.upscaler, job.source, job.target, self.options)
         return Enlarged()
 
     def _enlarge_still(self, job: Job, image: np.ndarray, metadata: Metadata, spent: Stats) -> Enlarged:
         meter = Meter()
-        result = self._enlarge(image, meter)
-        return Enlarged((result, metadata), (image, result) if job.panel else None, spent + meter.stats())
+        with _named(job):
+            result = self._enlarge(image, meter)
+        shown = (image, result) if job.panel else None
+        return Enlarged((result, metadata), shown, metadata.icc_profile, spent + meter.stats())
 
     def _enlarge_frames(self, job: Job, source: Animation, spent: Stats) -> Enlarged:
         """Enlarge and write frame by frame; the last one is shown."""
@@ -200,8 +217,9 @@ class Steps:
                 with meter.part("encode"):  # by who takes the frame
                     yield replace(frame, image=result)
 
-        animation.write(job.target, frames(), like=source, **self._how())
-        return Enlarged(None, shown, spent + meter.stats())
+        with _named(job):
+            animation.write(job.target, frames(), like=source, **self._how())
+        return Enlarged(None, shown, source.metadata.icc_profile, spent + meter.stats())
 
     def _enlarge(self, image: np.ndarray, meter: Meter) -> np.ndarray:
         options = self.options
@@ -213,6 +231,17 @@ class Steps:
             "quality": options.quality, "overwrite": options.overwrite, "subsampling": options.subsampling,
             "lossless": options.lossless,
         }  # fmt: skip
+
+
+@contextmanager
+def _named(job: Job) -> Iterator[None]:
+    """Put the source before a message that names no file of the job."""
+    try:
+        yield
+    except SRError as exc:
+        if str(exc).startswith(tuple(f"{path}: " for path in (job.source, *job.targets))):
+            raise
+        raise type(exc)(f"{job.source}: {exc}") from exc
 
 
 def _panel(path: Path, image: np.ndarray, enlarged: np.ndarray) -> np.ndarray:

@@ -23,6 +23,7 @@ from PIL import Image
 from . import files, opening, png, resize, tiff, vips
 from .errors import ImageError, OptionError, OutputError, SRError
 from .opening import Metadata
+from .stats import Meter
 
 if TYPE_CHECKING:
     from .jobs import Options
@@ -73,7 +74,7 @@ def is_large(source: Path, target: Path, *, scale: int) -> bool:
     if files.FORMATS.get(target.suffix.lower()) not in SAVERS:
         return False
     try:
-        header = _read_header(source, max_pixels=None)
+        header = read_header(source, max_pixels=None)
     except SRError:
         return False
     return header.bytes * scale**2 > LARGE_BYTES
@@ -85,6 +86,7 @@ def enlarge(upscaler: Upscaler, source: Path, target: Path, options: Options) ->
     Raises: ImageError if the source is damaged or of a kind that is not streamed; OutputError; OptionError for another
     factor or size, or JPEG in 4:2:2; BackendUnavailable without pyvips; BackendError. No partial file stays.
     """
+    meter = Meter()
     options = replace(options, quality=files.check_quality(options.quality))
     files.check_subsampling(options.subsampling)
     files.check_output(target, overwrite=options.overwrite)
@@ -93,7 +95,7 @@ def enlarge(upscaler: Upscaler, source: Path, target: Path, options: Options) ->
         raise OutputError(f"{target}: {kind} cannot be written in bands; write {', '.join(SAVERS)}")
     if kind == "JPEG" and options.subsampling not in SUBSAMPLE:
         raise OptionError(f"subsampling {options.subsampling!r}: of pictures this large, one of {', '.join(SUBSAMPLE)}")
-    header = _read_header(source, max_pixels=options.max_pixels)
+    header = read_header(source, max_pixels=options.max_pixels)
     for note in header.notes:
         LOG.warning("%s: %s", source, note)
     result = replace(
@@ -109,28 +111,20 @@ def enlarge(upscaler: Upscaler, source: Path, target: Path, options: Options) ->
         )
     files.check_format(target, np.broadcast_to(header.dtype.type(0), (*result.size, result.channels)), scale=1)
     pyvips = vips.import_vips(f"{source}: a picture of {header.size[1]} x {header.size[0]} pixels")
-    rows = _turn(_decode(pyvips, source, header), header, target.parent)
-    bands = upscaler.upscale_bands(rows, header.size, options.tile)
+    rows = meter.each(_turn(_decode(pyvips, source, header), header, target.parent), "decode")
+    bands = upscaler.upscale_bands_metered(rows, header.size, options.tile, meter=meter)
     kept = pyvips.cache_get_max()
     try:
         with files.new_file(target, overwrite=options.overwrite) as stream:
-            _encode(pyvips, stream, _rows(bands, result.size[0]), result, target, options)
-        next(bands, None)  # its end counts the picture and tells on_picture, which finds the file in its place
+            _encode(pyvips, stream, bands, result, target, options, meter)
+        next(bands, None)  # its end counts the pixels, and comes after the last band
     finally:  # libvips remembers operations, and with them the rows that they hold
         pyvips.cache_set_max(0)
         pyvips.cache_set_max(kept)
+    upscaler.record(meter.stats())  # tells on_picture, which finds the file in its place
 
 
-def _rows(bands: Iterator[np.ndarray], height: int) -> Iterator[np.ndarray]:
-    """Give bands up to the last row, and not the end that comes after it."""
-    for band in bands:
-        yield band
-        height -= len(band)
-        if not height:
-            return
-
-
-def _read_header(path: Path, *, max_pixels: int | None) -> Header:
+def read_header(path: Path, *, max_pixels: int | None) -> Header:
     """Read what stands before the pixels. Raises: ImageError if the picture is not one that can be streamed."""
     with opening.told(path), opening.opened(path, max_pixels=max_pixels) as image:
         kind, depth = str(image.format), opening.depth(image)
@@ -158,7 +152,9 @@ def _read_header(path: Path, *, max_pixels: int | None) -> Header:
         if kind == "PNG" and "exif" not in image.info and (block := png.find_exif(path)):
             image.info["exif"] = block
         exif = Image.Image.getexif(image)  # not the plug-in's own, which would decode a PNG to look behind its pixels
-        orientation = exif.get(opening.ORIENTATION)
+        orientation = _orientation(exif)
+        if kind == "TIFF" and exif.get(opening.ORIENTATION, 1) not in range(1, 9):
+            raise ImageError("a TIFF with an unknown orientation cannot be read in bands; convert it")
         # Newer Pillows give the size of a TIFF as it will be turned.
         width, height = (image.tag_v2[256], image.tag_v2[257]) if kind == "TIFF" else image.size
         return Header(
@@ -166,27 +162,31 @@ def _read_header(path: Path, *, max_pixels: int | None) -> Header:
             size=(width, height) if orientation in opening.SWAPPED else (height, width),
             channels=channels,
             dtype=np.dtype(np.uint16 if depth == 16 else np.uint8),
-            orientation=orientation if isinstance(orientation, int) and 1 <= orientation <= 8 else 1,
+            orientation=orientation,
             metadata=Metadata(image.info.get("icc_profile") or None, opening.pack_exif(exif)),
             notes=tuple(notes),
         )
+
+
+def _orientation(exif: Image.Exif) -> int:
+    """Give the orientation as an int; also one that is stored as another kind of number, as `opening.turn` takes it."""
+    found = exif.get(opening.ORIENTATION)
+    return next((value for value in range(1, 9) if value == found), 1)
 
 
 def _decode(pyvips: Any, path: Path, header: Header) -> Iterator[np.ndarray]:
     """Give (rows, W, C) bands from top to bottom of the picture as it is stored."""
     height, width = header.size[::-1] if header.orientation in opening.SWAPPED else header.size
     rows = _band_rows(width, header)
-    with opening.told(path):
-        image = vips.opened(pyvips, path, header.kind)
+    with opening.told(path), vips.opened(pyvips, path, header.kind) as image:
         found = image.height, image.width, FORMATS.get(image.format)
         if found != (height, width, header.dtype) or image.bands < header.channels:
             raise ImageError(f"libvips reads {image}, {(height, width)} of {header.dtype} were expected; convert it")
         region = pyvips.Region.new(image)
-    for top in range(0, height, rows):
-        with opening.told(path):
+        for top in range(0, height, rows):
             data = region.fetch(0, top, width, min(rows, height - top))
-        band = np.frombuffer(data, header.dtype).reshape(-1, width, image.bands)
-        yield band[:, :, : header.channels]  # without samples that nobody knows the meaning of
+            band = np.frombuffer(data, header.dtype).reshape(-1, width, image.bands)
+            yield band[:, :, : header.channels]  # without samples that nobody knows the meaning of
 
 
 def _turn(bands: Iterator[np.ndarray], header: Header, folder: Path) -> Iterator[np.ndarray]:
@@ -223,17 +223,29 @@ def _band_rows(width: int, header: Header) -> int:
 
 
 def _encode(
-    pyvips: Any, stream: BinaryIO, bands: Iterator[np.ndarray], result: Header, target: Path, options: Options
+    pyvips: Any,
+    stream: BinaryIO,
+    bands: Iterator[np.ndarray],
+    result: Header,
+    target: Path,
+    options: Options,
+    meter: Meter,
 ) -> None:
     """Write bands as they come; a thread encodes, so that this one can compute, and be interrupted."""
+
+    def timed() -> Iterator[np.ndarray]:
+        for band in bands:
+            with meter.part("encode"):  # by who takes the band
+                yield band
+
     encoded, feed = os.pipe()
     with ThreadPoolExecutor(1, "sr-encode") as pool:
         kind = files.FORMATS[target.suffix.lower()]
         saved = pool.submit(_save, pyvips, encoded, stream, result, kind, options)
         with suppress(BrokenPipeError), open(feed, "wb") as pipe:  # broken: the thread knows why, or has all pixels
             # The one format that libvips' wheel takes from a pipe without holding it.
-            png.write_stored(pipe, bands, (*result.size, result.channels), result.dtype)
-        with files.encoding(target):
+            png.write_stored(pipe, timed(), (*result.size, result.channels), result.dtype)
+        with files.encoding(target), meter.part("encode"):
             saved.result()
 
 

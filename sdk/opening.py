@@ -6,7 +6,11 @@ import importlib
 import io
 import logging
 import operator
+import os
+import re
+import stat
 import struct
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -45,6 +49,12 @@ LAYOUT_TAGS = {273, 284, 297, 301, 317, 330, 700, 33723, 34377, 34675, 37724, 50
     range(529, 533),
 )
 BOMB_CURE = "raise PIL.Image.MAX_IMAGE_PIXELS if you trust it, or convert it to PNG"
+MAX_SCANS = 200  # of a JPEG; about ten are usual, and each takes its time, however few bytes it has
+MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")  # of JPEG, but for those that restart a scan
+PNG_SAMPLES = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # colour type -> samples of a pixel
+# First column and row of each pass of an interlaced PNG, and the steps.
+ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
+INFLATED_BYTES = 1 << 18  # at once
 SRGB_GAMMA = 1 / 2.2  # as PNG's gAMA chunk gives it for sRGB
 
 
@@ -113,8 +123,21 @@ def check_size(size: tuple[int, int], max_pixels: int | None) -> None:
 
 
 def open_source(source: Path | bytes) -> BinaryIO:
-    """Open a file, or the bytes of one."""
-    return open(source, "rb") if isinstance(source, Path) else io.BytesIO(source)
+    """Open a file, or the bytes of one.
+
+    Raises: ImageError if it is no regular file, like a pipe, which could let us wait for ever; OSError.
+    """
+    if not isinstance(source, Path):
+        return io.BytesIO(source)
+    stream = open(source, "rb", opener=_open_at_once)  # noqa: SIM115 -- the caller closes it
+    if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+        stream.close()
+        raise ImageError("not a file")
+    return stream
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 @contextmanager
@@ -145,6 +168,8 @@ def _open(stream: BinaryIO, max_pixels: int | None) -> Image.Image:
         try:
             if name == "ICO":
                 _check_icon(stream, max_pixels)
+            if name == "JPEG":
+                _check_scans(stream)
             stream.seek(0)
             return factory(stream, "")  # without the name, which would have raw pixels mapped into memory
         except (SyntaxError, IndexError, TypeError, struct.error) as exc:  # what a plug-in says "not mine" with
@@ -166,6 +191,87 @@ def _check_icon(stream: BinaryIO, max_pixels: int | None) -> None:
         else:  # a bitmap, above one of the same size that tells what is visible
             width, height = struct.unpack_from("<HH" if head[0] == 12 else "<ii", head, 4)
             check_size((abs(width), abs(height) // 2), max_pixels)
+
+
+def _check_scans(stream: BinaryIO) -> None:
+    """Refuse a JPEG that asks for very many passes over its pixels; Pillow and libjpeg set no limit."""
+    stream.seek(0)
+    found, last = 0, b""
+    while block := stream.read(1 << 20):
+        found += block.count(b"\xff\xda") + (last + block[:1] == b"\xff\xda")
+        last = block[-1:]
+    if found <= MAX_SCANS:
+        return
+    # Profiles, previews and further pictures may hold these bytes too: follow the markers, as libjpeg does.
+    stream.seek(0)
+    data = stream.read()
+    scans, position = 0, 2
+    while (marker := MARKER.search(data, position)) and marker[0] != b"\xff\xd9":
+        scans += marker[0] == b"\xff\xda"
+        bare = marker[0] in (b"\xff\xd8", b"\xff\x01")
+        position = marker.end() + (0 if bare else int.from_bytes(data[marker.end() : marker.end() + 2], "big"))
+    if scans > MAX_SCANS:
+        raise ImageError(f"a JPEG of {scans} scans, the limit is {MAX_SCANS}; store it anew if you trust it")
+
+
+def load(image: Any) -> None:
+    """Decode a picture that is not decoded yet.
+
+    Raises: ImageError if rows are missing from a PNG, which Pillow would leave black; or what a plug-in raises.
+    """
+    if image.format == "PNG":
+        position = image.fp.tell()
+        _check_rows(image.fp)
+        image.fp.seek(position)
+    image.load()
+
+
+def _check_rows(stream: BinaryIO) -> None:
+    """Inflate the first IDAT chunks of a PNG that follow one another, which are all that is shown of it."""
+    stream.seek(8)
+    expected = found = 0
+    began, decoder = False, zlib.decompressobj()
+    while len(head := stream.read(8)) == 8:
+        length, following = int.from_bytes(head[:4], "big"), stream.tell() + int.from_bytes(head[:4], "big") + 4
+        if head[4:] == b"IHDR":
+            expected = _inflated_bytes(stream.read(13))
+        elif head[4:] == b"IDAT":
+            began = True
+            while length and (data := stream.read(min(length, INFLATED_BYTES))):
+                length -= len(data)
+                found += _inflate(decoder, data, expected - found)
+            if decoder.eof or found > expected:  # viewers ignore what is too much
+                break
+        elif began:
+            break
+        stream.seek(following)
+    if found < expected:
+        raise ImageError(f"{expected - found} of {expected} bytes of its pixels are missing; the file is damaged")
+    if found == expected and not decoder.eof:
+        raise ImageError("its pixels end without their checksum; the file is damaged")
+
+
+def _inflate(decoder: Any, data: bytes, limit: int) -> int:
+    """Give how many bytes a part of a zlib stream holds; no longer counted once they are more than a limit."""
+    found = 0
+    while found <= limit and not decoder.eof:
+        piece = len(decoder.decompress(data, INFLATED_BYTES))
+        found += piece
+        data = decoder.unconsumed_tail
+        if not data and piece < INFLATED_BYTES:
+            break
+    return found
+
+
+def _inflated_bytes(header: bytes) -> int:
+    """Give the bytes of all rows of a PNG by its IHDR, each with its filter."""
+    width, height, depth, colour_type, _, _, interlaced = struct.unpack(">IIBBBBB", header)
+    total = 0
+    for left, top, across, down in ADAM7 if interlaced else ((0, 0, 1, 1),):
+        columns, rows = max(0, -((left - width) // across)), max(0, -((top - height) // down))
+        if columns:
+            total += rows * (1 + (columns * PNG_SAMPLES[colour_type] * depth + 7) // 8)
+    return total
 
 
 def has_avif() -> bool:

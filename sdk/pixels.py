@@ -18,6 +18,7 @@ MAX_OVERSHOOT = 0.5  # of float pictures beyond 0 and 1, as resampling leaves it
 DTYPES = (np.dtype(np.uint8), np.dtype(np.uint16), np.dtype(np.float32))
 PROFILED = ("CMYK", "LAB")  # PIL modes that an ICC profile turns into RGB
 BLACK_POINT_COMPENSATION: Any = 0x2000  # cmsFLAGS_BLACKPOINTCOMPENSATION; ImageCms.Flags came with Pillow 10.3
+BAND_PIXELS = 1 << 18  # looked up at once in a palette, which takes 20 bytes for each
 OPAQUE_FROM = 128  # alpha from which a pixel is visible where there is only visible or not: GIF
 
 
@@ -188,14 +189,26 @@ def to_palette(image: np.ndarray) -> tuple[Image.Image, int | None]:
 def _quantise(colour: np.ndarray, sample: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
     """Find at most `count` colours for a sample of (H, W, 3) uint8 and draw a picture with them: indices, palette."""
     picture = Image.fromarray(colour)
-    if picture.getcolors(count):
-        packed = colour.astype(np.uint32) @ np.array((1 << 16, 1 << 8, 1), np.uint32)
-        found, indices = np.unique(packed, return_inverse=True)
-        palette = found[:, None] >> np.array((16, 8, 0), np.uint32) & 255
-        return indices.reshape(colour.shape[:2]).astype(np.uint8), palette.astype(np.uint8)
+    found = picture.getcolors(count)
+    if found:
+        palette = np.array([value for _, value in found], np.uint8)
+        return _look_up(colour, palette), palette
     cut = Image.fromarray(sample).quantize(count, method=Image.Quantize.FASTOCTREE)
     drawn = picture.quantize(palette=cut, dither=Image.Dither.FLOYDSTEINBERG)
     return np.asarray(drawn), np.reshape(drawn.getpalette() or [], (-1, 3)).astype(np.uint8)
+
+
+def _look_up(colour: np.ndarray, palette: np.ndarray) -> np.ndarray:
+    """Give the index in a palette of each pixel of (H, W, 3) uint8, all of whose colours it has: (H, W) uint8."""
+    weights = np.array((1 << 16, 1 << 8, 1), np.uint32)
+    keys = palette @ weights
+    order = np.argsort(keys)
+    indices = np.empty(colour.shape[:2], np.uint8)
+    rows = max(1, BAND_PIXELS // colour.shape[1])
+    for top in range(0, len(colour), rows):
+        packed = colour[top : top + rows] @ weights
+        indices[top : top + rows] = order[np.searchsorted(keys, packed, sorter=order)]
+    return indices
 
 
 def kept_info(image: Image.Image, mode: str) -> dict[str, Any]:

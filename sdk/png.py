@@ -14,6 +14,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image
 
+from . import opening
 from .composing import CLEAR, KEEP, RESTORE, Part, changed
 from .opening import Metadata
 
@@ -49,7 +50,7 @@ def read_chunks(stream: BinaryIO) -> Iterator[tuple[bytes, bytes]]:
 
 def find_exif(path: Path) -> bytes | None:
     """Read EXIF wherever it stands in a PNG; it is not checked, and nothing is decoded, as Pillow would for it."""
-    with open(path, "rb") as stream:
+    with opening.open_source(path) as stream:
         stream.seek(len(SIGNATURE))
         while len(head := stream.read(8)) == 8:
             length = int.from_bytes(head[:4], "big")
@@ -59,19 +60,40 @@ def find_exif(path: Path) -> bytes | None:
     return None
 
 
+def read_times(stream: BinaryIO) -> list[float]:
+    """Give the milliseconds of each frame of an APNG, however many its header tells; decodes and checks nothing."""
+    times = []
+    stream.seek(len(SIGNATURE))
+    while len(head := stream.read(8)) == 8:
+        following = stream.tell() + int.from_bytes(head[:4], "big") + 4
+        if head[4:] == b"fcTL" and len(control := stream.read(26)) == 26:
+            times.append(_milliseconds(*struct.unpack_from(">HH", control, 20)))
+        stream.seek(following)
+    return times
+
+
+def _milliseconds(delay: int, divisor: int) -> float:
+    return 1000 * delay / (divisor or 100)
+
+
 def read_parts(stream: BinaryIO) -> Iterator[Part]:
     """Take an APNG apart, one frame after the other, without a still picture that stands before the animation.
 
     https://www.w3.org/TR/png-3/#apng-frame-based-animation
-    Raises: ValueError or struct.error if it is damaged.
+    Raises: ValueError or struct.error if it is damaged, also if its chunks are not in their order.
     """
+    sequence = 0
     header, palette = b"", []
     control: tuple[int, ...] | None = None
     data = bytearray()
     for kind, content in read_chunks(stream):
         if kind == b"IHDR":
             header = content
-        elif kind in (b"PLTE", b"tRNS"):
+        if kind in (b"fcTL", b"fdAT"):
+            if content[:4] != struct.pack(">I", sequence):
+                raise ValueError("chunks of frames are missing, double or in another order")
+            sequence += 1
+        if kind in (b"PLTE", b"tRNS"):
             palette.append((kind, content))
         elif kind in (b"fcTL", b"IEND"):
             if control:
@@ -98,7 +120,7 @@ def _part(header: bytes, palette: list[tuple[bytes, bytes]], control: tuple[int,
         top=top,
         over=blend == 1,
         disposal=DISPOSALS[disposal],
-        milliseconds=1000 * delay / (divisor or 100),
+        milliseconds=_milliseconds(delay, divisor),
     )
 
 
@@ -151,7 +173,7 @@ def write_deep(stream: BinaryIO, image: np.ndarray, metadata: Metadata) -> None:
     above = np.zeros(width * channels * 2, np.uint8)
     rows = max(1, BAND_BYTES // above.size)
     for top in range(0, height, rows):
-        band = image[top : top + rows].astype(">u2").view(np.uint8).reshape(-1, above.size)
+        band = image[top : top + rows].astype(">u2", order="C").view(np.uint8).reshape(-1, above.size)
         filtered = np.empty((len(band), 1 + above.size), np.uint8)
         filtered[:, 0] = UP
         filtered[0, 1:] = band[0] - above

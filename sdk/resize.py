@@ -71,25 +71,36 @@ def count_passes(size: tuple[int, int], wanted: tuple[int, int], *, scale: int) 
 
 
 def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Resize with antialiasing: (H, W) or (H, W, C) uint8, uint16 or float32 -> the same of `size`.
+    """Resize with antialiasing: (H, W) or (H, W, C) uint8, uint16 or float32 -> the same of `size`, contiguous.
 
     Colour is weighted by alpha (the last of 2 or 4 channels), so that invisible pixels do not show at edges; where the
     result is invisible itself, colour goes its own way and is kept.
     """
     if image.shape[:2] == size:
-        return image
+        return np.ascontiguousarray(image)
     if image.ndim == 2:
         return resize(image[:, :, None], size)[:, :, 0]
-    planes = np.moveaxis(image.astype(np.float32), 2, 0)
+    channels = image.shape[2]
     highest, step = (1.0, FLOAT_STEP) if image.dtype == np.float32 else (float(np.iinfo(image.dtype).max), 1.0)
-    resized = np.stack([_resize_plane(plane, size) for plane in planes])
-    if len(planes) in (2, 4) and planes[-1].min() < planes[-1].max():  # equal weights change nothing
-        visible = resized[-1] >= step / 2
-        for plane, result in zip(planes[:-1], resized[:-1]):
-            np.divide(_resize_plane(plane * planes[-1], size), resized[-1], out=result, where=visible)
-    resized = np.clip(np.moveaxis(resized, 0, 2), 0, highest)
-    return resized if image.dtype == np.float32 else np.rint(resized).astype(image.dtype)
+    result = np.empty((*size, channels), image.dtype)
+    alpha = _plane(image, -1) if channels in (2, 4) else None
+    if alpha is not None and alpha.min() == alpha.max():  # equal weights change nothing
+        alpha = None
+    opacity = None if alpha is None else _resize_plane(alpha, size)
+    for channel in range(channels):  # one after the other: in float32 they take a lot of memory
+        plane = _plane(image, channel)
+        resized = _resize_plane(plane, size)
+        if alpha is not None and opacity is not None and channel < channels - 1:
+            plane *= alpha
+            np.divide(_resize_plane(plane, size), opacity, out=resized, where=opacity >= step / 2)
+        np.clip(resized, 0, highest, out=resized)
+        result[:, :, channel] = resized if image.dtype == np.float32 else np.rint(resized, out=resized)
+    return result
+
+
+def _plane(image: np.ndarray, channel: int) -> np.ndarray:
+    return image[:, :, channel].astype(np.float32, order="C")
 
 
 def _resize_plane(plane: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    return np.asarray(Image.fromarray(np.ascontiguousarray(plane)).resize((size[1], size[0]), FILTER))
+    return np.array(Image.fromarray(plane).resize((size[1], size[0]), FILTER))  # a copy, which may be changed

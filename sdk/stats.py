@@ -22,8 +22,7 @@ class Stats:
     seconds: wall-clock of the work: a call from its begin to its end; of a file, and of a picture of upscale_many, the
     sum of its steps (read, enlarge, write) without the time that it waits between them. Steps and calls that run beside
     each other each count, so the sum may be more than has passed.
-    decode_s, encode_s: reading and writing files; of a streamed one the first is in gather_s, the second only in
-    seconds. gather_s, run_s, place_s: cutting windows out, the engine, putting
+    decode_s, encode_s: reading and writing files. gather_s, run_s, place_s: cutting windows out, the engine, putting
     results together; summed over the threads that do it.
     """
 

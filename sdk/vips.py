@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +40,38 @@ def is_installed() -> bool:
     return importlib.util.find_spec("pyvips") is not None
 
 
-def opened(pyvips: Any, source: Path | bytes, kind: str) -> Any:
-    """Open a file, or the bytes of one, as a pyvips picture that is decoded once, from top to bottom."""
-    # From a source and not by name: libvips takes options out of names like "a.png[page=2]".
-    new = pyvips.Source.new_from_memory if isinstance(source, bytes) else pyvips.Source.new_from_file
-    stream = new(source if isinstance(source, bytes) else os.fsencode(source))
-    return getattr(pyvips.Image, LOADERS[kind])(stream, fail_on="error", access="sequential")
+@contextmanager
+def opened(pyvips: Any, source: Path | bytes, kind: str) -> Iterator[Any]:
+    """Open a file, or the bytes of one, as a pyvips picture that is decoded once, from top to bottom.
+
+    Only inside the block can it be decoded. What reading the file raises surfaces as it is.
+    """
+    failed: list[BaseException] = []
+
+    def guarded(call: Any, instead: Any) -> Any:
+        def run(*arguments: Any) -> Any:
+            try:
+                return call(*arguments)
+            except BaseException as exc:  # libvips cannot pass it on
+                failed.append(exc)
+                return instead
+
+        return run
+
+    # Not by name: libvips takes options out of names like "a.png[page=2]". Nor as a file, which it maps into memory:
+    # one that becomes shorter meanwhile would end the process (SIGBUS).
+    with opening.open_source(source) as file:
+        stream = pyvips.SourceCustom()  # held here: pictures do not hold what they are read from
+        stream.on_read(guarded(file.read, None))
+        stream.on_seek(guarded(file.seek, -1))
+        try:
+            yield getattr(pyvips.Image, LOADERS[kind])(stream, fail_on="error", access="sequential")
+        except pyvips.Error as exc:
+            if not failed:
+                raise
+            raise failed[0] from exc
+        if failed:
+            raise failed[0]
 
 
 def read(source: Path | bytes, kind: str, *, name: object, max_pixels: int | None) -> np.ndarray:
@@ -57,14 +84,14 @@ def read(source: Path | bytes, kind: str, *, name: object, max_pixels: int | Non
     """
     if kind not in LOADERS:
         raise ImageError(f"{kind} of more than 8 bits a channel is not supported; convert it to PNG or TIFF")
-    image = opened(import_vips(f"{name}: {kind} of this depth or layout"), source, kind)
-    opening.check_size((image.width, image.height), max_pixels)
-    if image.interpretation == "cmyk":
-        image = image.icc_transform("srgb", embedded=True, depth=16 if image.format == "ushort" else 8)
-    elif image.interpretation in ("lab", "labs", "labq", "xyz"):
-        image = image.colourspace("rgb16")
-    bits = image.get("bits-per-sample") if kind == "AVIF" and image.get_typeof("bits-per-sample") else 16
-    array: np.ndarray = image.numpy()
+    with opened(import_vips(f"{name}: {kind} of this depth or layout"), source, kind) as image:
+        opening.check_size((image.width, image.height), max_pixels)
+        if image.interpretation == "cmyk":
+            image = image.icc_transform("srgb", embedded=True, depth=16 if image.format == "ushort" else 8)
+        elif image.interpretation in ("lab", "labs", "labq", "xyz"):
+            image = image.colourspace("rgb16")
+        bits = image.get("bits-per-sample") if kind == "AVIF" and image.get_typeof("bits-per-sample") else 16
+        array: np.ndarray = image.numpy()
     if array.dtype not in pixels.DTYPES or (array.ndim == 3 and array.shape[2] > 4):
         channels = array.shape[2] if array.ndim == 3 else 1
         raise ImageError(f"{channels} channels of {array.dtype} are not supported; convert to uint8, uint16 or float32")

@@ -306,6 +306,78 @@ def test_truncated_animations_are_refused(tmp_path: Path, suffix: str) -> None:
             list(found.frames())
 
 
+def test_a_gif_that_ends_before_an_announced_frame_is_refused(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.gif", moving(transparent=False))
+    data, control = path.read_bytes()[:-1], b"!\xf9\x04\x04\x05\0\0\0"
+    for end in (b"", b";", control + b";"):  # some files lack the end
+        path.write_bytes(data + end)
+        assert len(list(opened(path).frames())) == COUNT
+    path.write_bytes(data + control)
+    with pytest.raises(ImageError, match="before a frame that was announced"):
+        animation.read(path)
+
+
+def apng(*frames: tuple[int, int, int], count: int, delay: tuple[int, int] = (1, 10)) -> bytes:
+    """Encode 8 x 8 grey by hand: sequence numbers of control and data (the first is in IDAT), rows of data."""
+    data = png.SIGNATURE + chunk(b"IHDR", struct.pack(">IIBBBBB", 8, 8, 8, 0, 0, 0, 0))
+    data += chunk(b"acTL", struct.pack(">II", count, 0))
+    for index, (control, number, rows) in enumerate(frames):
+        raw = zlib.compress((b"\0" + bytes([50 * index] * 8)) * rows)
+        data += chunk(b"fcTL", struct.pack(">IIIIIHHBB", control, 8, 8, 0, 0, *delay, 0, 0))
+        data += chunk(b"fdAT", struct.pack(">I", number) + raw) if index else chunk(b"IDAT", raw)
+    return data + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(
+    "frames,words",
+    [
+        (((0, 0, 8), (3, 4, 8), (1, 2, 8)), "in another order"),
+        (((0, 0, 8), (1, 2, 8), (1, 2, 8)), "in another order"),
+        (((0, 0, 8), (1, 3, 8), (4, 5, 8)), "in another order"),
+        (((0, 0, 8), (1, 2, 5), (3, 4, 8)), "missing; the file is damaged"),
+        (((0, 0, 8), (1, 2, 8), (3, 4, 0)), "missing; the file is damaged"),
+    ],
+)
+def test_frames_of_apng_in_disorder_or_without_rows_are_refused(
+    tmp_path: Path, frames: tuple[tuple[int, int, int], ...], words: str
+) -> None:
+    (tmp_path / "a.png").write_bytes(apng((0, 0, 8), (1, 2, 8), (3, 4, 8), count=3))
+    assert len(list(opened(tmp_path / "a.png").frames())) == 3
+    (tmp_path / "a.png").write_bytes(apng(*frames, count=3))
+    with pytest.raises(ImageError, match=words):
+        list(opened(tmp_path / "a.png").frames())
+
+
+def test_frames_beyond_the_header_of_apng_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for count, told in ((3, False), (2, True), (1, True)):
+        (tmp_path / "a.png").write_bytes(apng((0, 0, 8), (1, 2, 8), (3, 4, 8), count=count))
+        caplog.clear()
+        found = animation.read(tmp_path / "a.png")
+        assert (found.count if found else 1) == count
+        assert (f"3 frames, only the {count}" in caplog.text) == told
+
+
+@pytest.mark.parametrize("suffix,seconds", [(".gif", 655), (".webp", 16777), (".png", 65535)])
+def test_times_too_long_for_a_format_are_refused_before_the_work(tmp_path: Path, suffix: str, seconds: int) -> None:
+    def frames() -> Iterator[Frame]:
+        raise AssertionError("a frame was asked for")
+        yield
+
+    (tmp_path / "in.png").write_bytes(apng((0, 0, 8), (1, 2, 8), count=2, delay=(seconds, 1)))
+    found = opened(tmp_path / "in.png")
+    animation.write(
+        tmp_path / f"out{suffix}", found.frames(), like=found, overwrite=False, quality=95, lossless=suffix == ".webp"
+    )
+    assert [frame.milliseconds for frame in opened(tmp_path / f"out{suffix}").frames()] == [1000 * seconds] * 2
+    longer = replace(found, longest_ms=1000 * seconds + 1000)
+    with pytest.raises(OutputError, match="holds at most"):
+        animation.write(tmp_path / f"a{suffix}", frames(), like=longer, overwrite=False, quality=95)
+    given = [replace(frame, milliseconds=longer.longest_ms) for frame in found.frames()]
+    with pytest.raises(OutputError, match="holds at most"):
+        animation.write(tmp_path / f"a{suffix}", given, like=found, overwrite=False, quality=95)
+    assert not (tmp_path / f"a{suffix}").exists()
+
+
 def test_parts_that_reach_outside_are_cut_off(tmp_path: Path) -> None:
     """Nor does a part, larger than the picture, take memory beyond the limit."""
     frames = moving(transparent=False)[:2]

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms, features
 
-from sdk import BackendUnavailable, ImageError, OptionError, OutputError, Upscaler, files, opening
+from sdk import BackendUnavailable, ImageError, OptionError, OutputError, Upscaler, animation, files, opening
 
 pytest.importorskip("onnxruntime")
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
@@ -61,13 +61,13 @@ def leftovers(folder: Path) -> list[str]:
     return [path.name for path in folder.iterdir() if path.name.endswith(".part")]
 
 
-def png(depth: int, colour_type: int, raw: bytes, size: tuple[int, int] = (4, 4)) -> bytes:
+def png(depth: int, colour_type: int, raw: bytes, size: tuple[int, int] = (4, 4), *, interlaced: bool = False) -> bytes:
     """Encode a PNG by hand: 16-bit colour, or a header that promises anything."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
-    header = struct.pack(">IIBBBBB", *size, depth, colour_type, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", *size, depth, colour_type, 0, 0, interlaced)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(raw)) + chunk(b"IEND", b"")
 
 
@@ -330,6 +330,15 @@ def test_an_independent_decoder_reads_what_is_written(tmp_path: Path, suffix: st
     assert decoded.hasalpha() == (channels in (2, 4))
 
 
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+def test_16_bit_arrays_of_any_strides_are_written(tmp_path: Path, suffix: str, channels: int) -> None:
+    pytest.importorskip("pyvips", reason="16-bit colour is read by libvips")
+    for image in (deep_photo(channels).transpose(1, 0, 2), deep_photo(channels)[::-1, ::-2, ::-1]):
+        files.write(tmp_path / f"a{suffix}", image, files.Metadata(), quality=95, overwrite=True)
+        np.testing.assert_array_equal(files.read(tmp_path / f"a{suffix}")[0].reshape(image.shape), image)
+
+
 def test_16_bit_colour_of_other_programs_is_read_as_it_is(tmp_path: Path) -> None:
     pyvips = pytest.importorskip("pyvips")
     for channels, meaning in ((2, "grey16"), (3, "rgb16"), (4, "rgb16")):
@@ -451,7 +460,29 @@ def test_only_the_first_frame_is_read_and_said(tmp_path: Path, caplog: pytest.Lo
         frames[0].save(path, save_all=True, append_images=frames[1:], **options)
         caplog.clear()
         image, _ = files.read(path)
-        assert (image == 10).all() and "3 frames" in caplog.text
+        assert (image == 10).all() and ("several pages" if suffix == ".tif" else "3 frames") in caplog.text
+
+
+def test_pages_after_the_first_are_neither_counted_nor_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Counting takes Pillow the square of their number, and fails at one that is damaged."""
+    from PIL import TiffImagePlugin
+
+    monkeypatch.setattr(TiffImagePlugin.TiffImageFile, "n_frames", property(lambda image: pytest.fail("counted")))
+    path = tmp_path / "a.tif"
+    Image.fromarray(photo()).save(path)
+    data = bytearray(path.read_bytes())
+    (first,) = struct.unpack_from("<I", data, 4)
+    (count,) = struct.unpack_from("<H", data, first)
+    at_next = first + 2 + 12 * count
+    broken = struct.pack("<HHHII", 1, 256, 4, 0xFFFFFFFF, 0xFFFFFFFF)  # and then nothing
+    for following, said in ((0, False), (len(data), True), (1 << 30, True), (first, False)):
+        struct.pack_into("<I", data, at_next, following)
+        path.write_bytes(data + broken)
+        caplog.clear()
+        np.testing.assert_array_equal(files.read(path)[0], photo())
+        assert ("several pages" in caplog.text) == said
 
 
 @pytest.mark.parametrize(
@@ -471,6 +502,32 @@ def test_what_is_no_picture_is_told_in_one_line(upscaler: Upscaler, tmp_path: Pa
     assert not (tmp_path / "out.png").exists() and leftovers(tmp_path) == []
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_pipes_and_devices_are_refused_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    for path in (tmp_path / "pipe.png", Path("/dev/zero")):
+        for read in (files.read, animation.read):
+            with pytest.raises(ImageError, match=f"{path}: not a file"):
+                read(path)
+
+
+def test_jpegs_of_very_many_scans_are_refused(tmp_path: Path) -> None:
+    data, scan = encode(Image.fromarray(photo()), "JPEG", progressive=True), bytes.fromhex("FFDA 0008 0101 0001 3F00")
+    usual = data.count(scan[:2])
+    path = tmp_path / "a.jpg"
+    for extra, good in ((0, True), (opening.MAX_SCANS - usual, True), (opening.MAX_SCANS - usual + 1, False)):
+        path.write_bytes(data[:-2] + scan * extra + data[-2:])
+        if good:
+            assert files.read(path)[0].shape == (6, 9, 3)
+        else:
+            with pytest.raises(ImageError, match="201 scans"):
+                files.read(path)
+    # What only looks like scans: in a comment, and behind the end.
+    comment = b"\xff\xfe" + struct.pack(">H", 2 + 10_000) + scan * 1000
+    path.write_bytes(data[:2] + comment + data[2:] + scan * 1000)
+    assert files.read(path)[0].shape == (6, 9, 3)
+
+
 def test_truncated_pictures_are_refused(tmp_path: Path) -> None:
     image = Image.fromarray(photo(64, 64))
     for suffix in (".png", ".jpg", ".webp", ".tif", ".bmp"):
@@ -480,6 +537,50 @@ def test_truncated_pictures_are_refused(tmp_path: Path) -> None:
             cut.write_bytes(whole.read_bytes()[: int(whole.stat().st_size * share)])
             with pytest.raises(ImageError):
                 files.read(cut)
+
+
+@pytest.mark.parametrize("interlaced", [False, True])
+@pytest.mark.parametrize("depth,colour_type,pixel", [(8, 2, 3), (8, 0, 1), (16, 0, 2)])
+def test_a_png_without_all_its_rows_is_refused(
+    tmp_path: Path, depth: int, colour_type: int, pixel: int, interlaced: bool
+) -> None:
+    """Pillow stops in silence, and leaves the others black."""
+    # Rows and columns of the passes over 9 x 6 pixels.
+    passes = [(1, 2), (1, 1), (1, 3), (2, 2), (1, 5), (3, 4), (3, 9)] if interlaced else [(6, 9)]
+    rows = [bytes(1) + b"\x28" * columns * pixel for count, columns in passes for _ in range(count)]
+    path = tmp_path / "a.png"
+    for present in range(len(rows) + 2):
+        raw = b"".join([*rows, rows[-1]][:present])
+        path.write_bytes(png(depth, colour_type, raw, (9, 6), interlaced=interlaced))
+        if present < len(rows):
+            with pytest.raises(ImageError, match="missing; the file is damaged"):
+                files.read(path)
+        else:  # what is too much is ignored, as everywhere
+            assert (files.read(path)[0] == (0x28 if depth == 8 else 0x2828)).all()
+
+
+def test_pngs_of_every_layout_are_whole(tmp_path: Path) -> None:
+    pyvips = pytest.importorskip("pyvips", reason="it writes interlaced files")
+    for height, width in ((1, 1), (1, 5), (5, 1), (3, 2), (9, 17)):
+        image = photo(height, width)
+        for mode in ("1", "L", "P", "RGB", "RGBA", "LA"):
+            files.read_bytes(encode(Image.fromarray(image).convert(mode), "PNG"))
+        picture = pyvips.Image.new_from_array(image)
+        for bits in (1, 2, 4, 8):
+            for shown in (picture, picture.colourspace("b-w")):
+                for interlace in (False, True):
+                    files.read_bytes(shown.pngsave_buffer(interlace=interlace, bitdepth=bits, palette=shown.bands == 3))
+
+
+def test_a_profile_too_long_for_png_is_dropped_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for suffix, length, kept in ((".png", 1 << 20, True), (".png", (1 << 20) + 1, False), (".tif", 1 << 21, True)):
+        for image in (photo(), deep_photo(1)) if suffix == ".png" else (photo(),):
+            profile = SRGB if image.ndim == 3 and image.shape[2] == 3 else SRGB[:16] + b"GRAY" + SRGB[20:]
+            profile = profile.ljust(length, b"\0")
+            caplog.clear()
+            files.write(tmp_path / f"a{suffix}", image, files.Metadata(profile), quality=95, overwrite=True)
+            assert files.read(tmp_path / f"a{suffix}")[1].icc_profile == (profile if kept else None)
+            assert ("ICC profile is longer" in caplog.text) != kept
 
 
 def test_a_decompression_bomb_is_refused_by_its_header(tmp_path: Path) -> None:

@@ -13,19 +13,22 @@ from typing import Any
 import bundles
 import numpy as np
 import pytest
-from PIL import Image, JpegImagePlugin
+from PIL import Image, ImageCms, JpegImagePlugin
 
 from sdk import (
     ImageError,
     OptionError,
     OutOfMemory,
     OutputError,
+    SRError,
+    Stats,
     Upscaler,
     animation,
     compare,
     files,
     jobs,
     large,
+    png,
     vips,
 )
 from sdk import stats as stats_module
@@ -183,6 +186,75 @@ def test_a_comparison_without_memory_fails_its_own_job(upscaler: Upscaler, monke
     assert Path("c.png").exists() and not Path("b.compare.png").exists()
 
 
+@pytest.mark.parametrize("name,bytes_each", [("a.png", 3), ("a.gif", 4)])
+@pytest.mark.parametrize(
+    "options,pixels_of", [({}, (2, 2)), ({"factor": 5.0}, (5, 5)), ({"factor": 3.5}, (4, 4)), ({"factor": 0.5}, (1, 1))]
+)
+def test_a_result_beyond_the_memory_is_refused_before_the_work(
+    upscaler: Upscaler, monkeypatch: pytest.MonkeyPatch, name: str, bytes_each: int, options: dict[str, Any],
+    pixels_of: tuple[int, int],
+) -> None:  # fmt: skip
+    """The largest of the passes counts: 3.5 times as large is 4 times, and then made smaller."""
+    height, width = (6, 8) if name == "a.gif" else (24, 40)
+    save_moving(name) if name == "a.gif" else save(name)
+    if options.get("factor") == 0.5:  # one pixel of the result for four of the picture
+        height, width = height // 2, width // 2
+    needed = height * width * pixels_of[0] * pixels_of[1] * bytes_each
+    job, done = Job(Path(name), Path("b.webp")), upscaler.upscale_metered
+    monkeypatch.setattr(upscaler, "upscale_metered", lambda *_, **__: pytest.fail("the work was done"))
+    monkeypatch.setattr(jobs.memory, "free_bytes", lambda: needed - 1)
+    with pytest.raises(ImageError, match=f"^{name}: .* MiB are free; ask for a smaller factor or size$"):
+        run_file(upscaler, job, Options(**options))
+    assert not Path("b.webp").exists()
+    monkeypatch.setattr(upscaler, "upscale_metered", done)
+    monkeypatch.setattr(jobs.memory, "free_bytes", lambda: needed)
+    run_file(upscaler, job, Options(**options))
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.gif", "large.png"])
+@pytest.mark.parametrize("error", [ImageError("the picture holds NaN"), OutOfMemory("no memory")], ids=repr)
+def test_errors_tell_the_file(upscaler: Upscaler, monkeypatch: pytest.MonkeyPatch, name: str, error: SRError) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    if name == "large.png":
+        pytest.importorskip("pyvips")
+        monkeypatch.setattr(large, "LARGE_BYTES", 0)
+    save_moving(name) if name == "a.gif" else save(name)
+    monkeypatch.setattr(upscaler._runner.backends["uint8"], "run", fail)
+    with pytest.raises(type(error)) as caught:
+        run_file(upscaler, Job(Path(name), Path("b.webp" if name == "a.gif" else "b.png")), Options())
+    assert str(caught.value) == f"{name}: {error}"
+
+
+def test_errors_that_tell_a_file_stay_as_they_are(upscaler: Upscaler, monkeypatch: pytest.MonkeyPatch) -> None:
+    error = OutputError("b.webp: exists")
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(animation, "write", fail)
+    with pytest.raises(OutputError) as caught:
+        run_file(upscaler, Job(save_moving("a.gif"), Path("b.webp")), Options())
+    assert caught.value is error
+
+
+@pytest.mark.parametrize("space,kept", [("RGB", True), ("GRAY", False)])
+@pytest.mark.parametrize("name", ["a.png", "a.webp"])
+def test_a_panel_has_the_profile_of_its_picture(
+    upscaler: Upscaler, caplog: pytest.LogCaptureFixture, name: str, space: str, kept: bool
+) -> None:
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    profile = profile[:16] + space.encode().ljust(4) + profile[20:]
+    picture = Image.fromarray(photo() if kept or name == "a.webp" else photo()[:, :, 0])
+    others = {"save_all": True, "append_images": [Image.new("RGB", (40, 24))]} if name == "a.webp" else {}
+    picture.save(name, icc_profile=profile, **others)
+    run_file(upscaler, Job(Path(name), Path(f"b{name}"), Path("b.compare.png")), Options())
+    with Image.open("b.compare.png") as panel:
+        assert panel.info.get("icc_profile") == (profile if kept else None)
+    assert "b.compare.png" not in caplog.text
+
+
 # The options of Upscaler.upscale_file and upscale_files
 
 
@@ -279,6 +351,36 @@ def test_an_animation_tells_its_parts(upscaler: Upscaler, monkeypatch: pytest.Mo
     stats = upscaler.stats
     assert (stats.pictures, stats.pixels) == (1, 3 * 6 * 8)
     assert (stats.decode_s, stats.run_s, stats.encode_s, stats.seconds) == (103, 30, 0.75, 133.75)
+
+
+@needs_vips
+def test_a_streamed_file_tells_its_parts(upscaler: Upscaler, monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
+    decode, write = large._decode, png.write_stored
+
+    def slow_decode(*arguments: Any) -> Iterator[np.ndarray]:
+        for band in decode(*arguments):
+            clock.now += 1
+            yield band
+
+    def slow_write(stream: Any, bands: Iterable[np.ndarray], *arguments: Any) -> None:
+        def slowed() -> Iterator[np.ndarray]:
+            for band in bands:
+                clock.now += 0.25
+                yield band
+
+        write(stream, slowed(), *arguments)
+
+    monkeypatch.setattr(large, "LARGE_BYTES", 0)
+    monkeypatch.setattr(large, "BAND_BYTES", 8 * 40 * 3)
+    monkeypatch.setattr(large, "_decode", slow_decode)
+    monkeypatch.setattr(png, "write_stored", slow_write)
+    clock.slow(monkeypatch, upscaler._runner.backends["uint8"], "run", 10)
+    told: list[Stats] = []
+    monkeypatch.setattr(upscaler, "_on_picture", told.append)
+    run_file(upscaler, Job(save("a.png"), Path("b.png")), Options())
+    stats = upscaler.stats
+    assert told == [stats] and (stats.pictures, stats.tiles, stats.pixels) == (1, 1, 24 * 40)
+    assert (stats.decode_s, stats.run_s, stats.encode_s, stats.seconds) == (3, 10, 0.25, 13.25)
 
 
 def test_many_tell_the_decoding_of_files(upscaler: Upscaler) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import struct
 import subprocess
@@ -290,6 +291,24 @@ def test_orientation_is_applied(identity: Upscaler, tmp_path: Path, orientation:
     check_same(identity, source, tmp_path / "out.png")
 
 
+@pytest.mark.parametrize(
+    "kind,value,orientation",
+    [(3, struct.pack("<HH", 0, 0), 1), (3, struct.pack("<HH", 9, 0), 1), (11, struct.pack("<f", 6), 6)],
+)
+def test_odd_orientations_are_applied_as_in_memory(
+    identity: Upscaler, tmp_path: Path, kind: int, value: bytes, orientation: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, target = tmp_path / "in.tif", tmp_path / "out.png"
+    Image.fromarray(photo(3)).save(source, tiffinfo={ORIENTATION: 2})
+    data, entry = source.read_bytes(), struct.pack("<HHIHH", ORIENTATION, 3, 1, 2, 0)
+    assert data.count(entry) == 1
+    source.write_bytes(data.replace(entry, struct.pack("<HHI", ORIENTATION, kind, 1) + value))
+    monkeypatch.setattr(large, "LARGE_BYTES", 0)
+    identity.upscale_file(source, target)
+    expected = opening.turn(photo(3).repeat(2, axis=0).repeat(2, axis=1), orientation)
+    np.testing.assert_array_equal(files.read(target)[0], expected)
+
+
 def test_exif_behind_the_pixels_of_a_png(identity: Upscaler, tmp_path: Path) -> None:
     Image.fromarray(photo(3)).save(tmp_path / "plain.png")
     data = (tmp_path / "plain.png").read_bytes()
@@ -363,6 +382,61 @@ def test_a_damaged_source_leaves_nothing(
     assert capfd.readouterr() == ("", "")
 
 
+SHRINK = """
+import os, sys
+from pathlib import Path
+from sdk import ImageError, Upscaler, large
+from sdk.jobs import Options
+
+source, model = map(Path, sys.argv[1:])
+turn = large._turn
+
+def shrinking(bands, *arguments):
+    def shortened():
+        yield next(bands)
+        os.truncate(source, 100)
+        yield from bands
+    return turn(shortened(), *arguments)
+
+large._turn = shrinking
+with Upscaler(model, backend="onnxruntime") as upscaler:
+    try:
+        large.enlarge(upscaler, source, source.with_name("out.png"), Options())
+    except ImageError as error:
+        print(error)
+"""
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".tif"])
+def test_a_source_that_shrinks_while_it_is_read_is_told(tmp_path: Path, suffix: str) -> None:
+    """In a process of its own: a file that is mapped into memory would end it."""
+    source = tmp_path / f"in{suffix}"
+    noise = np.random.default_rng(0).integers(0, 256, (1500, 2000, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(source)
+    code = [sys.executable, "-c", SHRINK, str(source), str(bundles.shared("identity"))]
+    done = subprocess.run(code, capture_output=True, text=True)
+    assert done.returncode == 0 and f"in{suffix}: damaged picture" in done.stdout, done
+    assert left(tmp_path) == [source.name]
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".tif"])
+def test_what_reading_raises_is_told(
+    identity: Upscaler, tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    class Broken(io.BytesIO):
+        def read(self, count: int | None = None) -> bytes:
+            raise OSError(errno.EIO, "Input/output error")
+
+    source = tmp_path / f"in{suffix}"
+    Image.fromarray(photo(3)).save(source)
+    header = large.read_header(source, max_pixels=None)
+    monkeypatch.setattr(large, "read_header", lambda *_, **__: header)
+    monkeypatch.setattr(opening, "open_source", lambda _: Broken(source.read_bytes()))
+    with pytest.raises(ImageError, match=f"in{suffix}: cannot be read .Input/output error"):
+        enlarge(identity, source, tmp_path / "out.png")
+    assert left(tmp_path) == [source.name] and capfd.readouterr() == ("", "")
+
+
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".tif"])
 def test_a_full_disk_leaves_nothing(
     identity: Upscaler, tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
@@ -427,7 +501,7 @@ def test_destinations_that_are_refused(identity: Upscaler, tmp_path: Path, monke
     source = tmp_path / "in.png"
     Image.fromarray(photo(4)).save(source)
     (tmp_path / "old.png").write_bytes(b"old")
-    monkeypatch.setattr(identity, "upscale_bands", lambda *arguments: pytest.fail("worked before it was refused"))
+    monkeypatch.setattr(identity, "upscale_bands_metered", lambda *_, **__: pytest.fail("worked before it was refused"))
     for target, message in (("old.png", "exists"), ("no/out.png", "folder"), ("out.jpg", "alpha"), ("a.xyz", "format")):
         with pytest.raises(OutputError, match=message):
             enlarge(identity, source, tmp_path / target)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 
 import bundles
@@ -249,3 +250,34 @@ def test_pil_pictures_keep_profile_and_exif(identity: Upscaler) -> None:
     grey = pil_picture("L")
     grey.info["icc_profile"] = profile  # of another colour space than the picture
     assert "icc_profile" not in identity.upscale(grey).info
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+def test_a_palette_holds_few_colours_exactly(channels: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pixels, "BAND_PIXELS", 100)
+    rng = np.random.default_rng(0)
+    colours = rng.integers(0, 256, (255, channels), dtype=np.uint8)
+    image = colours[rng.integers(0, 255, (40, 30))]
+    if channels in (2, 4):
+        image[:, :, -1] = 255
+        image[3:5, 3:9, -1] = 0
+    picture, transparent = pixels.to_palette(image)
+    shown = np.asarray(picture.convert("RGB"))
+    hidden = np.zeros((40, 30), bool)
+    if channels in (2, 4):
+        hidden[3:5, 3:9] = True
+        np.testing.assert_array_equal(np.asarray(picture) == transparent, hidden)
+    else:
+        assert transparent is None
+    expected = np.broadcast_to(image[:, :, : 1 if channels < 3 else 3], (40, 30, 3))
+    np.testing.assert_array_equal(shown[~hidden], expected[~hidden])
+
+
+def test_a_palette_of_two_colours_takes_little_memory() -> None:
+    image = np.zeros((2000, 2000, 3), np.uint8)
+    image[::2] = 255
+    tracemalloc.start()
+    pixels.to_palette(image)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 2.5 * image.nbytes, peak / image.nbytes
