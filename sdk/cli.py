@@ -83,7 +83,9 @@ def main(
     **options: Any,
 ) -> None:
     """Enlarge pictures and videos: files, globs, or folders (all pictures in them)."""
-    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Printable())
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, handlers=[handler])
     logging.captureWarnings(True)
     _end_at_once_on_signals()
     engine = {key: options.pop(key) for key in ("model", "backend", "device", "precision", "stage", "seams")}
@@ -98,7 +100,7 @@ def main(
         if folder:
             _make_folder(folder)
     except SRError as exc:
-        raise click.ClickException(str(exc)) from exc
+        raise click.ClickException(_printable(exc)) from exc
     if verbose:
         click.echo(", ".join(f"{key} {value}" for key, value in upscaler.info.items()), err=True)
     how = jobs.Options(factor=factor, size=size, **options)
@@ -109,11 +111,11 @@ def main(
             failures += _enlarge_pictures(upscaler, stills, how)
         for job in clips:
             try:
-                _enlarge_video(upscaler, job, overwrite=how.overwrite, codec=codec, crf=crf)
+                _enlarge_video(upscaler, job, overwrite=how.overwrite, max_pixels=how.max_pixels, codec=codec, crf=crf)
             except SRError as exc:
                 failures.append(exc)
     for error in failures:
-        click.echo(f"failed: {error}", err=True)
+        click.echo(f"failed: {_printable(error)}", err=True)
     if failures:
         raise click.ClickException(f"{len(failures)} of {len(todo)} files failed")
 
@@ -127,7 +129,7 @@ def _enlarge_pictures(upscaler: Upscaler, todo: Sequence[Job], how: jobs.Options
 
 
 def _enlarge_video(upscaler: Upscaler, job: Job, **options: Any) -> None:
-    with click.progressbar(length=1, label=job.source.name, file=sys.stderr, show_eta=False, show_pos=True,
+    with click.progressbar(length=1, label=_printable(job.source.name), file=sys.stderr, show_eta=False, show_pos=True,
                            item_show_func=lambda text: text) as bar:  # fmt: skip
 
         def show(progress: video.VideoProgress) -> None:
@@ -136,6 +138,16 @@ def _enlarge_video(upscaler: Upscaler, job: Job, **options: Any) -> None:
             bar.update(progress.frames - bar.pos, f"{progress.fps:.1f} frames/s{eta}")
 
         video.upscale_video(upscaler, job.source, job.target, progress=show, **options)
+
+
+class _Printable(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return _printable(super().format(record))
+
+
+def _printable(text: object) -> str:
+    """Write what is not printable as an escape: names of files may hold it, up to orders to the terminal."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in str(text))
 
 
 def _end_at_once_on_signals() -> None:

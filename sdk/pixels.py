@@ -29,6 +29,8 @@ def check_array(image: np.ndarray) -> None:
     """
     if not isinstance(image, np.ndarray):
         raise ImageError(f"expected a numpy array or a PIL picture, got {type(image).__name__}")
+    if isinstance(image, (np.matrix, np.ma.MaskedArray)):  # one has always two axes, the other hides pixels
+        raise ImageError(f"a {type(image).__name__} is not supported; pass numpy.asarray of it")
     if image.dtype not in DTYPES:
         raise ImageError(f"dtype {image.dtype} is not supported: uint8, uint16 or float32 in [0, 1]")
     if image.ndim not in (2, 3) or (image.ndim == 3 and not 1 <= image.shape[2] <= 4):
@@ -52,6 +54,13 @@ def from_pil(image: Image.Image, *, name: object = "the picture") -> np.ndarray:
     """
     with opening.told("the picture"):
         image.load()
+    try:
+        return _to_array(image, name)
+    except (TypeError, ValueError) as exc:  # of entries in its info, which programs may set
+        raise ImageError(f"metadata of the picture cannot be used ({opening.one_line(exc)})") from exc
+
+
+def _to_array(image: Image.Image, name: object) -> np.ndarray:
     if image.mode == "1":
         image = _from_1_bit(image)
     mode = image.mode

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import subprocess
@@ -188,6 +189,17 @@ def test_all_kinds_of_failure_are_listed_one_a_line() -> None:
     result = run("in", "-o", "out", "--format", "jpg", code=1)
     lines = [line for line in result.output.splitlines() if line.startswith("failed: ")]
     assert len(lines) == 3 and names("out") == ["ok.jpg"]
+
+
+def test_names_cannot_give_orders_to_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])  # as of a new process
+    name = "in/a\n\x1b[31m.png"
+    save("in/ok.png")
+    Path(name).write_bytes(b"no picture")
+    Image.new("CMYK", (4, 4)).save("in/c\x1b.tif")
+    output = run("in", "-o", "out", code=1).output
+    assert "\x1b" not in output
+    assert r"failed: in/a\n\x1b[31m.png: not a picture" in output and r"in/c\x1b.tif: CMYK" in output
 
 
 def test_existing_files_are_kept_unasked() -> None:

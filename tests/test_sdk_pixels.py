@@ -143,6 +143,8 @@ def test_strided_reversed_and_column_major_arrays(identity: Upscaler) -> None:
         np.full((4, 4), -np.inf, np.float32),
         np.full((4, 4, 3), 255, np.float32),
         np.full((4, 4, 3), -1, np.float32),
+        np.zeros((4, 4), np.uint8).view(np.matrix),
+        np.ma.masked_equal(np.zeros((4, 4), np.uint8), 0),
         [[1, 2], [3, 4]],
         None,
         "photo.png",
@@ -154,6 +156,18 @@ def test_what_is_no_picture_is_refused(identity: Upscaler, image: object) -> Non
     with pytest.raises(ImageError) as caught:
         identity.upscale(image)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("mode", "info"),
+    [("P", {"transparency": "abc"}), ("P", {"transparency": 999}), ("CMYK", {"icc_profile": 5})],
+    ids=["transparency", "no-entry", "profile"],
+)
+def test_metadata_that_a_program_set_wrongly(identity: Upscaler, mode: str, info: dict[str, object]) -> None:
+    image = Image.new(mode, (4, 4))
+    image.info.update(info)
+    with pytest.raises(ImageError, match="metadata"):
+        identity.upscale(image)
 
 
 def test_a_little_overshoot_is_clipped(identity: Upscaler) -> None:

@@ -14,6 +14,7 @@ import av
 import bundles
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from clips import (  # noqa: F401 - two are fixtures
     FILM,
     Doubler,
@@ -29,6 +30,7 @@ from clips import (  # noqa: F401 - two are fixtures
 from PIL import Image
 
 from sdk import BackendUnavailable, ImageError, OptionError, OutputError, Upscaler
+from sdk.cli import main
 from sdk.video import VideoProgress, containers, decode, is_video, mux, upscale_video
 
 pytest.importorskip("onnxruntime")
@@ -44,6 +46,16 @@ def test_a_clip_through_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert (report.frames, report.size, report.codec, report.resumed) == (24, (64, 96), "h264", 0)
     assert abs(got.astype(int) - expected).max() <= 2  # two roundings to code values, one of them of limited range
     assert names(tmp_path) == ["in.mp4", "out.mp4"]
+
+
+def test_the_program_takes_clips_and_its_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SR_CACHE_DIR", str(tmp_path / "cache"))
+    source, target = make(tmp_path / "in.mp4", frames=3, size=(32, 48)), tmp_path / "out.mp4"
+    arguments = [str(source), "-o", str(target), "--model", str(bundles.shared("identity"))]
+    arguments += ["--backend", "onnxruntime", "--device", "cpu", "--max-pixels"]
+    refused = CliRunner().invoke(main, [*arguments, str(32 * 48 - 1)])
+    assert refused.exit_code == 1 and "too large" in refused.output and not target.exists()
+    assert CliRunner().invoke(main, [*arguments, str(32 * 48)]).exit_code == 0 and len(rgb(target)) == 3
 
 
 def test_the_last_frame_keeps_its_duration(tmp_path: Path) -> None:
