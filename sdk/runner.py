@@ -13,7 +13,7 @@ import numpy as np
 
 from . import device_arrays, memory, pipeline, planes, tiling
 from .backends import Backend, Request, open_backend
-from .errors import BackendError, OutOfMemory
+from .errors import BackendError, OptionError, OutOfMemory
 from .stats import Meter
 
 LOG = logging.getLogger(__name__)
@@ -86,13 +86,22 @@ class Runner:
         """Cut a picture of (height, width): as few pixels run twice as memory lets, or tiles of a side."""
         if tile is not None:
             side = tiling.round_up(tile, self.stage.stride) + self.overlap.width
+            longest = self.backends["uint8"].max_side
+            if longest and min(side, tiling.round_up(max(size), self.stage.stride)) > longest:
+                raise OptionError(f"tile {tile}: this engine takes at most {longest - self.overlap.width}")
             if self._too_large is None or side**2 < self._too_large:
                 return tiling.plan(size, window=(side, side), overlap=self.overlap)
         # A row of windows is held as it comes and as it goes, each with alpha.
         row_bytes = size[1] * dtype.itemsize * (6 * self.scale**2 + 20)
         lowest = max(self.overlap.smallest_window, MIN_HEIGHT_HALOS * self.overlap.halo)
         max_height = max(lowest, ROWS_BYTES // row_bytes)
-        window = tiling.choose_window(size, limit=self.window_pixels, overlap=self.overlap, max_height=max_height)
+        window = tiling.choose_window(
+            size,
+            limit=self.window_pixels,
+            overlap=self.overlap,
+            max_height=max_height,
+            max_side=self.backends["uint8"].max_side,
+        )
         return tiling.plan(size, window=window, overlap=self.overlap)
 
     def enlarge(

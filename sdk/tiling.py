@@ -116,23 +116,32 @@ def spans(length: int, window: int, overlap: Overlap) -> list[Span]:
 
 
 def choose_window(
-    size: tuple[int, int], *, limit: int, overlap: Overlap, max_height: int | None = None
+    size: tuple[int, int],
+    *,
+    limit: int,
+    overlap: Overlap,
+    max_height: int | None = None,
+    max_side: int | None = None,
 ) -> tuple[int, int]:
     """Find the window of at most `limit` pixels that runs the fewest pixels over a whole picture.
 
-    max_height: of a window, at least `overlap.smallest_window`, if the picture does not fit in one.
+    max_height: of a window, at least `overlap.smallest_window`, if the picture does not fit in one. max_side: of any
+    window, likewise on the grid.
     One piece wins where it fits. Otherwise squares are tried, or what is as large and low enough, then shrunk to what
     their count needs: engines take the same time for a pixel, whatever the window.
     """
     stride = overlap.stride
     padded = (round_up(size[0], stride), round_up(size[1], stride))
-    if padded[0] * padded[1] <= limit:
+    if padded[0] * padded[1] <= limit and (max_side is None or max(padded) <= max_side):
         return padded
     largest = max(overlap.smallest_window, int(limit**0.5) // stride * stride)
+    if max_side is not None:
+        largest = min(largest, max_side)
     best: tuple[int, tuple[int, int]] | None = None
     for side in range(overlap.smallest_window, largest + 1, stride):
         low = side if max_height is None else min(side, max_height // stride * stride)
         wide = side if low == side else max(side, limit // low // stride * stride)
+        wide = wide if max_side is None else min(wide, max_side)
         height, width = (_shrink(length, window, overlap) for length, window in zip(padded, (low, wide)))
         windows = count_windows(padded[0], height, overlap) * count_windows(padded[1], width, overlap)
         cost = windows * (height * width + CALL_PIXELS)

@@ -24,6 +24,7 @@ RUNTIME = {"numpy", "PIL"}
 OPTIONAL = {
     "sdk/backends/onnxruntime.py": {"onnxruntime"},
     "sdk/backends/openvino.py": {"openvino"},
+    "sdk/backends/tensorrt.py": {"tensorrt"},
     "sdk/vips.py": {"pyvips"},
     "sdk/video": {"av"},
     "sdk/cli.py": {"click"},
@@ -88,7 +89,7 @@ def test_benchmarks_import_torch_and_train_only_inside_functions():
 
 
 def test_sdk_imports_with_training_and_engines_blocked():
-    blocked = ["torch", "torchvision", "onnx", "onnxruntime", "openvino", "pyvips", "av"]
+    blocked = ["torch", "torchvision", "onnx", "onnxruntime", "openvino", "tensorrt", "pyvips", "av"]
     blocked += ["click", "safetensors", "matplotlib"]
     code = f"import sys\nfor name in {blocked!r}: sys.modules[name] = None\nimport sdk; sdk.Upscaler; sdk.Bundle"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

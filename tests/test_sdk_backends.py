@@ -222,8 +222,9 @@ def test_unknown_options_are_refused(options: dict[str, object]) -> None:
 @pytest.mark.parametrize("name", ENGINES)
 def test_a_missing_engine_names_its_extra(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(BackendUnavailable, match=r"sr-sdk\[cpu\]"):
-        open_backend(name, request())
+    extra = {"tensorrt": "tensorrt"}.get(name, "cpu")
+    with pytest.raises(BackendUnavailable, match=rf"sr-sdk\[{extra}\]"):
+        open_backend(name, request(device="cuda:0" if name == "tensorrt" else "cpu"))
 
 
 def test_no_engine_at_all_lists_them(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -23,15 +23,15 @@ if TYPE_CHECKING:
 
 LOG = logging.getLogger(__name__)
 MAX_THREADS = 1024
-PRECISIONS = ("auto", "fp32", "fp16", "bf16")
+PRECISIONS = ("auto", "fp32", "fp16", "bf16", "int8")
 
 CHECK_STRIDES = 8  # side of the picture that a new fp16 engine is checked with
 MIN_HALF_PSNR_DB = 35.0  # on that picture; the gate at export is 50, on photographs
 
 # Name -> module. Each module has `open_backend(request) -> Backend`.
-MODULES = {"onnxruntime": ".onnxruntime", "openvino": ".openvino"}
+MODULES = {"tensorrt": ".tensorrt", "onnxruntime": ".onnxruntime", "openvino": ".openvino"}
 # What "auto" tries, fastest first.
-AUTO_ORDER = (("onnxruntime", "cuda:0"), ("openvino", "cpu"), ("onnxruntime", "cpu"))
+AUTO_ORDER = (("tensorrt", "cuda:0"), ("onnxruntime", "cuda:0"), ("openvino", "cpu"), ("onnxruntime", "cpu"))
 
 
 # (device, address, stream) -> None: enqueues copies to or from an address in a device's memory.
@@ -58,7 +58,8 @@ class Backend(Protocol):
     """An opened engine for one graph.
 
     name, device, precision, engine (its version) say what really runs; batch is how many windows pay off at once,
-    lanes in how many threads calls of run pay off.
+    lanes in how many threads calls of run pay off, max_side the longest side of a window, None for any. is_checked:
+    fp16 has been held against fp32.
     """
 
     name: str
@@ -67,6 +68,8 @@ class Backend(Protocol):
     engine: str
     batch: int
     lanes: int
+    max_side: int | None
+    is_checked: bool
 
     def run(self, batch: np.ndarray) -> np.ndarray:
         """(N, h, w, C) -> (N, h*scale, w*scale, C), same dtype; h and w on the stride grid; thread-safe.
@@ -115,6 +118,8 @@ class HostBackend:
     device = "cpu"
     batch = 1
     lanes = 1
+    max_side: int | None = None
+    is_checked = False
 
     def free_bytes(self) -> int | None:
         """See Backend.free_bytes."""
@@ -187,27 +192,29 @@ def _open(name: str, request: Request) -> Backend:
     opened: list[Backend] = []
     for device in devices:
         backend = module.open_backend(replace(request, device=device))
-        if backend.precision == "fp16":
-            _check_half(backend, module, request)
+        if backend.precision == "fp16" and not backend.is_checked:
+            reference = module.open_backend(replace(request, device=device, precision="fp32"))
+            with closing(reference):
+                check_half(backend, reference, request.stage)
         opened.append(backend)
     return opened[0] if len(opened) == 1 else Several(opened)
 
 
-def _check_half(backend: Backend, module: Any, request: Request) -> None:
-    """Hold a new fp16 engine against fp32 on the same device: NaN would come out of it as black pixels.
+def check_half(backend: Backend, reference: Backend, stage: Stage) -> float:
+    """Hold a new fp16 engine against fp32: NaN would come out of it as black pixels. Give their PSNR in dB.
 
-    Raises: BackendError if they differ by more than rounding.
+    Raises: BackendError, and closes it, if they differ by more than rounding.
     """
-    side = CHECK_STRIDES * request.stage.stride
+    side = CHECK_STRIDES * stage.stride
     ramp = np.linspace(0, 255, side)[None, :, None] * [1.0, 0.5, 0.0]
     noise = np.random.default_rng(0).integers(0, 256, (side, side, 3))
     picture = np.where(np.arange(side)[:, None, None] < side // 2, ramp, noise).astype(np.uint8)[None]
-    with closing(module.open_backend(replace(request, device=backend.device, precision="fp32"))) as reference:
-        error = backend.run(picture).astype(np.float32) - reference.run(picture)
-    psnr = 10 * np.log10(255**2 / max(float(np.square(error).mean()), 1e-6))
+    error = backend.run(picture).astype(np.float32) - reference.run(picture)
+    psnr = float(10 * np.log10(255**2 / max(float(np.square(error).mean()), 1e-6)))
     if psnr < MIN_HALF_PSNR_DB:
         backend.close()
         raise BackendError(
-            f"stage {request.stage.name!r} on {backend.name}, {backend.device} is wrong in fp16 ({psnr:.1f} dB to "
+            f"stage {stage.name!r} on {backend.name}, {backend.device} is wrong in fp16 ({psnr:.1f} dB to "
             "fp32): use precision='fp32' or another stage"
         )
+    return psnr

@@ -7,14 +7,25 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+import os
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 
 from ..errors import BackendError, BackendUnavailable, OutOfMemory
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a GPU is. capability: compute capability, like "9.0"."""
+
+    name: str
+    capability: str
+    total_bytes: int
 
 
 class Device(Protocol):
@@ -25,6 +36,14 @@ class Device(Protocol):
 
     index: int
     library: str
+
+    def facts(self) -> Facts:
+        """Tell what the device is."""
+        ...
+
+    def current(self) -> AbstractContextManager[None]:
+        """Make this device the thread's current one, for libraries that compute on that."""
+        ...
 
     def free_bytes(self) -> int:
         """Read the free memory of the device."""
@@ -62,6 +81,18 @@ class Device(Protocol):
 
     def synchronize(self, stream: int | None = None) -> None:
         """Wait for what was enqueued in a stream; None is everything on the device, other libraries' work too."""
+        ...
+
+    def capture(self, stream: int, enqueue: Callable[[], None]) -> int:
+        """Give the handle of a CUDA graph of what `enqueue` puts into a stream, none of which is done yet."""
+        ...
+
+    def launch(self, graph: int, stream: int) -> None:
+        """Enqueue a CUDA graph."""
+        ...
+
+    def release_graph(self, graph: int) -> None:
+        """Free what `capture` gave."""
         ...
 
 
@@ -124,6 +155,22 @@ class CudaPythonDevice:
             raise BackendUnavailable(f"CUDA cannot be used: {self._describe(error)}; check the NVIDIA driver")
         _check_index(index, count)
 
+    def facts(self) -> Facts:
+        """See Device."""
+        found = self._call("cudaGetDeviceProperties", self.index)[0]
+        name = found.name.decode() if isinstance(found.name, bytes) else str(found.name)
+        return Facts(name, f"{found.major}.{found.minor}", int(found.totalGlobalMem))
+
+    @contextmanager
+    def current(self) -> Iterator[None]:
+        """See Device."""
+        _, before = self._runtime.cudaGetDevice()
+        self._runtime.cudaSetDevice(self.index)
+        try:
+            yield
+        finally:
+            self._runtime.cudaSetDevice(before)
+
     def free_bytes(self) -> int:
         """See Device."""
         return int(self._call("cudaMemGetInfo")[0])
@@ -173,15 +220,36 @@ class CudaPythonDevice:
         else:
             self._call("cudaStreamSynchronize", stream)
 
+    def capture(self, stream: int, enqueue: Callable[[], None]) -> int:
+        """See Device."""
+        # Only this thread must keep from calls that cannot be captured.
+        mode = self._runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+        self._call("cudaStreamBeginCapture", stream, mode)
+        try:
+            enqueue()
+        except BaseException:
+            _, graph = self._runtime.cudaStreamEndCapture(stream)
+            self._runtime.cudaGraphDestroy(graph)
+            raise
+        graph = self._call("cudaStreamEndCapture", stream)[0]
+        try:
+            return int(self._call("cudaGraphInstantiate", graph, 0)[0])
+        finally:
+            self._call("cudaGraphDestroy", graph)
+
+    def launch(self, graph: int, stream: int) -> None:
+        """See Device."""
+        self._call("cudaGraphLaunch", graph, stream)
+
+    def release_graph(self, graph: int) -> None:
+        """See Device."""
+        self._call("cudaGraphExecDestroy", graph)
+
     def _call(self, name: str, *arguments: Any) -> tuple[Any, ...]:
         """Call a function with this device as the thread's current one."""
         runtime = self._runtime
-        _, before = runtime.cudaGetDevice()
-        runtime.cudaSetDevice(self.index)
-        try:
+        with self.current():
             error, *results = getattr(runtime, name)(*arguments)
-        finally:
-            runtime.cudaSetDevice(before)
         if error == runtime.cudaError_t.cudaErrorMemoryAllocation:
             runtime.cudaGetLastError()  # else the next one to ask for an error would find it
             raise OutOfMemory(f"cuda:{self.index}: {name}: out of memory")
@@ -212,9 +280,20 @@ class PyCudaDevice:
         except driver.Error as exc:
             raise BackendUnavailable(f"CUDA cannot be used: {exc}; check the NVIDIA driver") from exc
         _check_index(index, count)
-        self._context = driver.Device(index).retain_primary_context()
+        self._device = driver.Device(index)
+        self._context = self._device.retain_primary_context()
+        self._driver_library: Any = None
         self._allocations: dict[int, Any] = {}
         self._streams: dict[int, Any] = {}
+
+    def facts(self) -> Facts:
+        """See Device."""
+        major, minor = self._device.compute_capability()
+        return Facts(self._device.name(), f"{major}.{minor}", self._device.total_memory())
+
+    def current(self) -> AbstractContextManager[None]:
+        """See Device."""
+        return self._current("call")
 
     def free_bytes(self) -> int:
         """See Device."""
@@ -276,6 +355,49 @@ class PyCudaDevice:
             else:
                 self._streams[stream].synchronize()
 
+    def capture(self, stream: int, enqueue: Callable[[], None]) -> int:
+        """See Device."""
+        graph, executable = ctypes.c_void_p(), ctypes.c_void_p()
+        with self._current("capture"):
+            self._call_driver("cuStreamBeginCapture_v2", ctypes.c_void_p(stream), CAPTURE_THREAD_LOCAL)
+            try:
+                enqueue()
+            except BaseException:
+                self._library().cuStreamEndCapture(ctypes.c_void_p(stream), ctypes.byref(graph))
+                self._library().cuGraphDestroy(graph)
+                raise
+            self._call_driver("cuStreamEndCapture", ctypes.c_void_p(stream), ctypes.byref(graph))
+            try:
+                flags = ctypes.c_ulonglong(0)
+                self._call_driver("cuGraphInstantiateWithFlags", ctypes.byref(executable), graph, flags)
+            finally:
+                self._call_driver("cuGraphDestroy", graph)
+        assert executable.value is not None
+        return executable.value
+
+    def launch(self, graph: int, stream: int) -> None:
+        """See Device."""
+        with self._current("launch"):
+            self._call_driver("cuGraphLaunch", ctypes.c_void_p(graph), ctypes.c_void_p(stream))
+
+    def release_graph(self, graph: int) -> None:
+        """See Device."""
+        with self._current("release_graph"):
+            self._call_driver("cuGraphExecDestroy", ctypes.c_void_p(graph))
+
+    def _call_driver(self, name: str, *arguments: Any) -> None:
+        """Call a function of CUDA's driver that PyCUDA lacks: those of graphs."""
+        error = getattr(self._library(), name)(*arguments)
+        if error == CUDA_ERROR_OUT_OF_MEMORY:
+            raise OutOfMemory(f"cuda:{self.index}: {name}: out of memory")
+        if error:
+            raise BackendError(f"cuda:{self.index}: {name}: error {error}")
+
+    def _library(self) -> Any:
+        if self._driver_library is None:
+            self._driver_library = load_driver()
+        return self._driver_library
+
     @contextmanager
     def _current(self, name: str) -> Iterator[None]:
         """Make this device the thread's current one, and PyCUDA's errors ours."""
@@ -288,6 +410,15 @@ class PyCudaDevice:
             raise BackendError(f"cuda:{self.index}: {name}: {exc}") from exc
         finally:
             self._driver.Context.pop()
+
+
+CAPTURE_THREAD_LOCAL = ctypes.c_int(1)  # CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
+CUDA_ERROR_OUT_OF_MEMORY = 2
+
+
+def load_driver() -> Any:
+    """Load CUDA's driver library, which PyCUDA has loaded already."""
+    return ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
 
 
 # name, module, class; the first that is installed is taken.

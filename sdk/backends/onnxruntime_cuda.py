@@ -1,28 +1,25 @@
 """ONNX Runtime's CUDA provider: buffers that stay where they are, copies beside the computing, CUDA graphs.
 
-A run fills an input buffer on the device, computes, and empties an output buffer. Runs share one session, which
-computes one batch at a time; each has a lane of its own, so that the copies of one pass while another computes.
+Runs share one session, which computes one batch at a time; each has a lane of its own, so that the copies of one pass
+while another computes.
 """
 
 from __future__ import annotations
 
 import contextlib
-import math
-import queue
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
-from ..errors import BackendError, BackendUnavailable, OutOfMemory
+from ..errors import BackendError, BackendUnavailable
 from . import Transfer
-from .cuda import Buffer, Device, open_device
+from .cuda import Device, open_device
 from .forking import spared
+from .gpu import GpuBackend, Lane
 from .locks import SharedLock
 from .onnxruntime import translate
-from .recurring import Recurring
 
 __all__ = ["OnnxRuntimeCudaBackend", "open_device"]
 BATCH = 8
@@ -35,98 +32,46 @@ NO_GRAPH = -1  # ONNX Runtime's id for a run that neither captures nor replays
 _calls = SharedLock()
 
 
-class OnnxRuntimeCudaBackend:
+class _Lane(Lane):
+    """bindings: of the buffers, by shape; graphs: shape -> id of its CUDA graph."""
+
+    def __init__(self, device: Device):
+        super().__init__(device)
+        self.bindings: OrderedDict[tuple[int, ...], Any] = OrderedDict()
+        self.graphs: dict[tuple[int, ...], int] = {}
+
+    def forget(self) -> None:
+        """See Lane."""
+        self.bindings.clear()
+        self.graphs.clear()
+
+
+class OnnxRuntimeCudaBackend(GpuBackend[_Lane]):
     """One session on one GPU."""
 
     name = "onnxruntime"
     batch = BATCH
-    lanes = LANES
 
     def __init__(self, onnxruntime: Any, device: Device, graph: str, *, scale: int, precision: str):
-        self.device = f"cuda:{device.index}"
-        self.precision = precision
         self.engine = f"onnxruntime {onnxruntime.__version__}"
-        self.gpu = device
-        self._scale = scale
         self._session: Any = spared(_open_session(onnxruntime, graph, device.index))
         self._run_options = onnxruntime.RunOptions
         self._input = self._session.get_inputs()[0].name
         self._output = self._session.get_outputs()[0].name
         self._computing = threading.Lock()  # replays of one session must not overlap
-        self._recurring = Recurring()
         self._graphs = 0  # ids given away
-        self._idle: queue.SimpleQueue[_Lane] = queue.SimpleQueue()
-        for _ in range(LANES):
-            self._idle.put(_Lane(device))
-        spared(self)
-
-    def run(self, batch: np.ndarray) -> np.ndarray:
-        """See Backend.run."""
-        batch = np.ascontiguousarray(batch)
-        shape = self._output_shape(batch.shape)
-        results: list[np.ndarray] = []
-
-        def fill(device: Device, address: int, stream: int) -> None:
-            device.upload(address, lane.stage_in(batch), stream)
-
-        def take(device: Device, address: int, stream: int) -> None:
-            staged = lane.stage_out(shape, batch.dtype)
-            device.download(staged, address, stream)
-            device.synchronize(stream)
-            results.append(staged.copy())
-
-        with self._lane() as lane:
-            self._run(lane, batch.shape, batch.dtype, fill, take)
-        return results[0]
-
-    def run_on_device(self, shape: tuple[int, ...], dtype: np.dtype, fill: Transfer, take: Transfer) -> None:
-        """See DeviceBackend.run_on_device."""
-        with self._lane() as lane:
-            self._run(lane, shape, dtype, fill, take)
-
-    def on_device(self, index: int | None) -> OnnxRuntimeCudaBackend:
-        """See Backend.on_device."""
-        if index not in (None, self.gpu.index):
-            raise BackendUnavailable(f"the picture is on cuda:{index}, the engine on {self.device}")
-        return self
-
-    def expect(self, shape: tuple[int, ...], *, runs: int) -> None:
-        """See Backend.expect: a shape that comes often is run as a CUDA graph."""
-        self._recurring.expect(shape, runs=runs)
-
-    def free_bytes(self) -> int:
-        """See Backend.free_bytes."""
-        return self.gpu.free_bytes()
+        super().__init__(device, [_Lane(device) for _ in range(LANES)], scale=scale, precision=precision)
 
     def close(self) -> None:
-        """See Backend.close: lets runs that are under way finish."""
+        """See Backend.close."""
+        super().close()
         with self._computing:
             self._session = None
-        for _ in range(LANES):
-            with self._lane(closing=True):
-                pass
-
-    @contextlib.contextmanager
-    def _lane(self, *, closing: bool = False) -> Iterator[_Lane]:
-        """Wait for an idle lane; it is emptied once the backend is closed."""
-        lane = self._idle.get()
-        try:
-            if self._session is None and not closing:
-                raise BackendError("this backend is closed")
-            yield lane
-        finally:
-            if self._session is None:
-                lane.free()
-            self._idle.put(lane)
 
     def _run(self, lane: _Lane, shape: tuple[int, ...], dtype: np.dtype, fill: Transfer, take: Transfer) -> None:
+        """See GpuBackend."""
         with _calls.shared():
-            try:
-                lane.reserve(*(math.prod(side) * dtype.itemsize for side in (shape, self._output_shape(shape))))
-            except OutOfMemory:  # what is run next will be smaller
-                lane.free()
-                self._free_idle()
-                raise
+            self._reserve(lane, shape, dtype)
             fill(self.gpu, lane.input.address, lane.stream)
             self.gpu.synchronize(lane.stream)
         with self._computing:
@@ -145,16 +90,6 @@ class OnnxRuntimeCudaBackend:
         with _calls.shared():
             take(self.gpu, lane.output.address, lane.stream)
             self.gpu.synchronize(lane.stream)
-
-    def _free_idle(self) -> None:
-        """Give back the memory of the lanes that nobody uses now."""
-        idle = []
-        with contextlib.suppress(queue.Empty):
-            while True:
-                idle.append(self._idle.get_nowait())
-        for lane in idle:
-            lane.free()
-            self._idle.put(lane)
 
     def _graph_of(self, lane: _Lane, shape: tuple[int, ...]) -> tuple[int, bool]:
         """Give the id of the CUDA graph for a shape in a lane, and whether the next run captures it."""
@@ -179,56 +114,6 @@ class OnnxRuntimeCudaBackend:
             if len(lane.bindings) > KEPT_BINDINGS:
                 lane.bindings.popitem(last=False)
         return lane.bindings[shape]
-
-    def _output_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        count, height, width, channels = shape
-        return count, height * self._scale, width * self._scale, channels
-
-
-class _Lane:
-    """What one run at a time uses: buffers on both sides, and a stream for its copies."""
-
-    def __init__(self, device: Device):
-        self._device = device
-        self.stream = device.new_stream()
-        self.input, self.output = Buffer(device), Buffer(device)
-        self._staged_in = self._staged_out = np.empty(0, np.uint8)  # page-locked when they are needed
-        self.bindings: OrderedDict[tuple[int, ...], Any] = OrderedDict()
-        self.graphs: dict[tuple[int, ...], int] = {}  # shape -> id of its CUDA graph
-
-    def reserve(self, input_bytes: int, output_bytes: int) -> None:
-        """Make room on the device. Bindings and graphs hold addresses: they go when a buffer moves."""
-        if input_bytes > self.input.size or output_bytes > self.output.size:
-            self.forget()
-            self.input.reserve(input_bytes)
-            self.output.reserve(output_bytes)
-
-    def stage_in(self, batch: np.ndarray) -> np.ndarray:
-        """Copy a batch into page-locked memory."""
-        if batch.nbytes > self._staged_in.nbytes:
-            self._staged_in = self._device.page_locked(batch.nbytes)
-        staged = self._staged_in[: batch.nbytes].view(batch.dtype).reshape(batch.shape)
-        np.copyto(staged, batch)
-        return staged
-
-    def stage_out(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-        """Give page-locked memory for a result; the next run of this lane uses it again."""
-        size = math.prod(shape) * dtype.itemsize
-        if size > self._staged_out.nbytes:
-            self._staged_out = self._device.page_locked(size)
-        return self._staged_out[:size].view(dtype).reshape(shape)
-
-    def forget(self) -> None:
-        """Drop what holds addresses: bindings and graphs are made anew."""
-        self.bindings.clear()
-        self.graphs.clear()
-
-    def free(self) -> None:
-        """Give the memory back."""
-        self.forget()
-        self.input.free()
-        self.output.free()
-        self._staged_in = self._staged_out = np.empty(0, np.uint8)
 
 
 def _open_session(onnxruntime: Any, graph: str, index: int) -> Any:

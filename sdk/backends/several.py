@@ -17,11 +17,14 @@ if TYPE_CHECKING:
 class Several:
     """Backends of one engine and graph on different devices. A batch is computed whole by one of them."""
 
+    is_checked = True  # each has been
+
     def __init__(self, backends: Sequence[Backend]):
         first = backends[0]
         self.name, self.precision, self.engine, self.batch = first.name, first.precision, first.engine, first.batch
         self.device = "cuda:" + ",".join(backend.device.removeprefix("cuda:") for backend in backends)
         self.lanes = sum(backend.lanes for backend in backends)
+        self.max_side = min((side for backend in backends if (side := backend.max_side)), default=None)
         self._backends = list(backends)
         self._idle: queue.SimpleQueue[Backend] = queue.SimpleQueue()
         for _ in range(max(backend.lanes for backend in backends)):  # all devices once before any takes a second batch

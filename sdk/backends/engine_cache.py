@@ -1,0 +1,150 @@
+"""Compiled engines on disk: a header that says what they were built for, and the engine library's own bytes.
+
+A file is: MAGIC, the length of the header (4 bytes, little endian), the header (JSON, UTF-8), the plan. What does not
+fit its key to the letter, or is damaged, counts as missing, and the engine is built anew.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import secrets
+import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from ..errors import BackendError
+
+LOG = logging.getLogger(__name__)
+MAGIC = b"SR-SDK engine\n"
+FORMAT = 1
+MAX_HEADER_BYTES = 1 << 16
+MAX_PLAN_BYTES = 8 << 30
+
+
+@dataclass(frozen=True)
+class Key:
+    """All that decides whether an engine is the right one.
+
+    onnx, weights: SHA-256 of the stage's files. library: with its full version. gpu, capability: of the device, like
+    "9.0". profile: smallest, best and largest shape. flags: of the builder, by name.
+    """
+
+    onnx: str
+    weights: str
+    library: str
+    gpu: str
+    capability: str
+    precision: str
+    ends: str
+    profile: tuple[tuple[int, ...], ...]
+    flags: tuple[str, ...]
+
+    def digest(self) -> str:
+        """Give a name for it."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+
+
+def cache_dir(name: str) -> Path:
+    """Give a folder for what engines compile: below SR_CACHE_DIR, else ~/.cache/sr-sdk. It is made if missing.
+
+    Raises: OSError or RuntimeError if there is none that can be written.
+    """
+    folder = Path(os.environ.get("SR_CACHE_DIR") or Path.home() / ".cache" / "sr-sdk") / name
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(f"{folder} is not writable")
+    return folder
+
+
+def engine_path(folder: Path, stage: str, key: Key) -> Path:
+    """Name the file of an engine. Stages may be called anything: only the tame part of the name goes into it."""
+    tame = "".join(char for char in stage if char.isascii() and char.isalnum())[:20]
+    return folder / f"{tame or 'stage'}-{key.precision}-{key.digest()[:20]}.engine"
+
+
+def read_engine(path: Path, key: Key) -> bytes | None:
+    """Read the plan of an engine that was built for a key; None, and a line in the log, if it is not that."""
+    try:
+        with open(path, "rb") as stream:
+            found, plan = _parse(stream.read(len(MAGIC) + 4 + MAX_HEADER_BYTES + MAX_PLAN_BYTES))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, MemoryError) as exc:
+        LOG.warning("%s: not used and built anew (%s)", path, exc)
+        return None
+    if found != json.loads(json.dumps(asdict(key))):
+        LOG.warning("%s: built for something else, and built anew", path)
+        return None
+    return plan
+
+
+def _parse(data: bytes) -> tuple[dict[str, Any], bytes]:
+    if not data.startswith(MAGIC):
+        raise ValueError("not an engine of sr-sdk")
+    start = len(MAGIC) + 4
+    length = int.from_bytes(data[len(MAGIC) : start], "little")
+    if length > MAX_HEADER_BYTES:
+        raise ValueError("damaged header")
+    header = json.loads(data[start : start + length])
+    plan = data[start + length :]
+    if not isinstance(header, dict) or header.get("format") != FORMAT or not isinstance(header.get("key"), dict):
+        raise ValueError("a header of another format")
+    if header.get("sha256") != hashlib.sha256(plan).hexdigest():
+        raise ValueError("damaged: its SHA-256 differs")
+    return header["key"], plan
+
+
+def write_engine(path: Path, key: Key, plan: bytes) -> None:
+    """Write an engine under its name, whole or not at all. Raises: BackendError if it cannot be written."""
+    header = json.dumps(
+        {"format": FORMAT, "key": asdict(key), "sha256": hashlib.sha256(plan).hexdigest()}, indent=1
+    ).encode()
+    try:
+        write_whole(path, MAGIC + len(header).to_bytes(4, "little") + header + plan)
+    except OSError as exc:
+        raise BackendError(f"{path}: the engine cannot be kept ({exc.strerror or exc})") from exc
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file that appears under its name complete and on the disk, or not at all. Raises: OSError."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    try:
+        with open(temporary, "xb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def locked(path: Path) -> AbstractContextManager[None]:
+    """Hold a file's lock across processes; a process that ends lets go of it. Raises: OSError, at once."""
+    return _hold(open(path.with_name(path.name + ".lock"), "ab"))
+
+
+@contextlib.contextmanager
+def _hold(file: BinaryIO) -> Iterator[None]:
+    with file as stream:
+        if sys.platform == "win32":
+            import msvcrt
+
+            msvcrt.locking(stream.fileno(), msvcrt.LK_LOCK, 1)
+            try:
+                yield
+            finally:
+                stream.seek(0)
+                msvcrt.locking(stream.fileno(), msvcrt.LK_UNLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(stream, fcntl.LOCK_EX)  # let go by closing
+            yield

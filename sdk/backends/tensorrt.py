@@ -1,0 +1,306 @@
+"""TensorRT on NVIDIA's GPUs: engines built once for the GPU at hand, kept on disk and run in lanes.
+
+Each lane has an execution context and a stream of its own, so that the copies of one batch pass while another computes.
+A shape that comes again in a lane is run as a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from contextlib import AbstractContextManager, closing, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .. import memory
+from ..bundle import Stage
+from ..errors import BackendError, BackendUnavailable
+from . import Backend, Request, Transfer, check_half
+from .cuda import Device, open_device
+from .engine_cache import Key, cache_dir, engine_path, locked, read_engine, write_engine
+from .forking import spared
+from .gpu import GpuBackend, Lane
+from .tensorrt_builder import BuildOptions, Profile, build, check_types, load, logger
+
+__all__ = ["TensorRtBackend", "choose_profile", "engine_dir", "open_backend", "open_device"]
+LOG = logging.getLogger(__name__)
+LANES = 2  # one computes while the other copies
+BATCHES = (8, 4, 2, 1)
+ROOMY_SIDE = 1024  # windows are at least as large before batches grow: tiles of small ones are little but halo
+MEMORY_SHARE = 8  # of the GPU's memory, one part for a lane's activations
+
+
+def open_backend(request: Request, options: BuildOptions = BuildOptions()) -> TensorRtBackend:  # noqa: B008
+    """Open a stage's engine for a GPU; one that is not on disk yet is built, which takes minutes.
+
+    precision "auto" is fp16 where the bundle has it.
+    Raises: BackendUnavailable if TensorRT, the GPU or the precision is not there; BackendError if no engine can be
+    built; OutOfMemory.
+    """
+    if request.device == "cpu":
+        raise BackendUnavailable("tensorrt has no CPU device: use device='cuda:N'")
+    trt = import_tensorrt()
+    precision = request.precision
+    has_half = any((graph.precision, graph.ends) == ("fp16", request.ends) for graph in request.stage.graphs)
+    if precision == "auto":
+        precision = "fp16" if has_half else "fp32"
+    if precision == "bf16":
+        raise BackendUnavailable("tensorrt runs fp32, fp16 and int8 here, not bf16")
+    index = 0 if request.device == "auto" else int(request.device.removeprefix("cuda:"))
+    gpu = open_device(index)
+    request = replace(request, device=f"cuda:{index}", precision=precision)
+    profile = choose_profile(request.stage, gpu.facts().total_bytes)
+    with gpu.current():
+        return _Opening(trt, gpu, request, profile, options).open()
+
+
+def import_tensorrt() -> Any:
+    """Import TensorRT. Raises: BackendUnavailable if it is missing or cannot be loaded."""
+    try:
+        import tensorrt
+    except ModuleNotFoundError as exc:
+        if exc.name != "tensorrt":
+            raise BackendUnavailable(f"tensorrt cannot be loaded: {exc}") from exc
+        raise BackendUnavailable("tensorrt is not installed: pip install 'sr-sdk[tensorrt]'") from exc
+    except Exception as exc:  # of its loader of libraries: ImportError, OSError, RuntimeError
+        raise BackendUnavailable(f"tensorrt cannot be loaded: {exc}") from exc
+    return tensorrt
+
+
+def engine_dir() -> Path:
+    """Give the folder of engines: SR_ENGINE_DIR, else below the cache. Raises: OSError or RuntimeError."""
+    folder = os.environ.get("SR_ENGINE_DIR")
+    return Path(folder) if folder else cache_dir("engines")
+
+
+def choose_profile(stage: Stage, total_bytes: int) -> Profile:
+    """Choose how large windows and batches may be, from a GPU's memory: the same for a GPU whenever it is asked."""
+    stride, halo = stage.stride, stage.context(error=1)
+    real_bytes = int(stage.activation_bytes * memory.REAL_SHARE)
+    comfortable = max(memory.DEVICE_COMFORTABLE_BYTES // real_bytes, (memory.COMFORTABLE_HALOS * halo) ** 2)
+    pixels = min(comfortable, total_bytes // MEMORY_SHARE // real_bytes)
+    smallest = 2 * halo + 2 * stride
+    for batch in BATCHES:
+        side = int((pixels / batch) ** 0.5) // stride * stride
+        if side >= max(ROOMY_SIDE, smallest):
+            return Profile(stride, batch, side)
+    return Profile(stride, 1, max(smallest, side))
+
+
+class _Opening:
+    """Finds an engine on disk, or builds and checks one and keeps it."""
+
+    def __init__(self, trt: Any, gpu: Device, request: Request, profile: Profile, options: BuildOptions):
+        self._trt, self._gpu, self._request, self._profile, self._options = trt, gpu, request, profile, options
+        self._graph = request.stage.graph(precision=request.precision, ends=request.ends)
+
+    def open(self) -> TensorRtBackend:
+        """Give the engine, from the disk where it is there."""
+        key = self._key()
+        path = self._path(key)
+        if path is None:
+            return self._build()[0]
+        if found := self._from_disk(path, key):
+            return found
+        with self._lock(path):  # another process may be at it
+            if found := self._from_disk(path, key):
+                return found
+            backend, plan = self._build()
+            try:
+                write_engine(path, key, plan)
+            except BackendError as exc:
+                if self._options.must_keep:
+                    raise
+                LOG.warning("%s", exc)
+            return backend
+
+    def _path(self, key: Key) -> Path | None:
+        """Name the engine's file; None, and a line in the log, if there is no place for it."""
+        try:
+            return engine_path(engine_dir(), self._request.stage.name, key)
+        except (OSError, RuntimeError) as exc:  # RuntimeError: a user without a home folder
+            self._not_kept(exc)
+            return None
+
+    def _lock(self, path: Path) -> AbstractContextManager[None]:
+        """Lock an engine's file; where that cannot be, two processes may build the same."""
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            return locked(path)
+        except OSError as exc:
+            self._not_kept(exc)
+            return nullcontext()
+
+    def _not_kept(self, exc: Exception) -> None:
+        told = f"engines are not kept: {exc}; set SR_ENGINE_DIR or SR_CACHE_DIR to a writable folder"
+        if self._options.must_keep:
+            raise BackendError(told) from exc
+        LOG.warning("%s", told)
+
+    def _key(self) -> Key:
+        facts = self._gpu.facts()
+        return Key(
+            onnx=self._graph.file.sha256,
+            weights=self._request.stage.weights.sha256,
+            library=f"tensorrt {self._trt.__version__}",
+            gpu="any" if self._options.hardware_compatible else facts.name,
+            capability="any" if self._options.hardware_compatible else facts.capability,
+            precision=self._request.precision,
+            ends=self._request.ends,
+            profile=self._profile.shapes(),
+            flags=self._options.flags(),
+        )
+
+    def _from_disk(self, path: Path, key: Key) -> TensorRtBackend | None:
+        plan = read_engine(path, key)
+        if plan is None:
+            return None
+        engine = load(self._trt, plan)
+        if engine is None:
+            _, messages = logger(self._trt)
+            LOG.warning("%s: TensorRT refuses it (%s); it is built anew", path, messages.clear())
+            return None
+        return self._backend(engine)
+
+    def _build(self) -> tuple[TensorRtBackend, bytes]:
+        """Build an engine and check it; give its plan too."""
+        request, folder = self._request, self._request.folder
+        LOG.warning(
+            "building the TensorRT engine of stage %s, %s, for %s: takes minutes, once",
+            request.stage.name, request.precision, self._gpu.facts().name,
+        )  # fmt: skip
+        float_graph = folder / request.stage.graph(precision="fp32", ends="float32").file.name
+        plan = build(
+            self._trt, folder / self._graph.file.name, self._profile,
+            precision=request.precision, ends=request.ends, float_graph=float_graph, options=self._options,
+        )  # fmt: skip
+        engine = load(self._trt, plan)
+        if engine is None:
+            _, messages = logger(self._trt)
+            raise messages.error("the engine that was just built is refused")
+        check_types(self._trt, engine, request.precision)
+        backend = self._backend(engine)
+        if request.precision == "fp16":
+            with closing(self._reference()) as reference:
+                psnr = check_half(backend, reference, request.stage)
+            LOG.info("stage %s: fp16 is %.1f dB from fp32 on %s", request.stage.name, psnr, reference.engine)
+        return backend, plan
+
+    def _reference(self) -> Backend:
+        """Open what a new engine is held against: the ONNX graph in fp32 on the CPU, or else an engine of it."""
+        request = replace(self._request, precision="fp32")
+        try:
+            from .onnxruntime import open_backend as open_onnxruntime
+
+            return open_onnxruntime(replace(request, device="cpu"))
+        except BackendUnavailable:
+            return open_backend(request, self._options)
+
+    def _backend(self, engine: Any) -> TensorRtBackend:
+        request = self._request
+        return TensorRtBackend(
+            self._trt, self._gpu, engine, self._profile, scale=request.scale, precision=request.precision
+        )
+
+
+class _Lane(Lane):
+    """context: TensorRT's, with its own activations. ready: the shape that it is set to. graph: of that, or None."""
+
+    def __init__(self, device: Device, context: Any):
+        super().__init__(device)
+        self.context = context
+        self.ready: tuple[int, ...] | None = None
+        self.graph: int | None = None
+
+    def forget(self) -> None:
+        """See Lane."""
+        if self.graph is not None:
+            self._device.release_graph(self.graph)
+        self.ready = self.graph = None
+
+
+class TensorRtBackend(GpuBackend[_Lane]):
+    """One engine on one GPU."""
+
+    name = "tensorrt"
+    is_checked = True
+
+    def __init__(self, trt: Any, gpu: Device, engine: Any, profile: Profile, *, scale: int, precision: str):
+        self.engine = f"tensorrt {trt.__version__}"
+        self.batch, self.max_side = profile.batch, profile.side
+        self._messages = logger(trt)[1]
+        self._captures = True
+        self._engine: Any = spared(engine)
+        modes = {engine.get_tensor_name(number): None for number in range(engine.num_io_tensors)}
+        inputs = [name for name in modes if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT]
+        outputs = [name for name in modes if engine.get_tensor_mode(name) == trt.TensorIOMode.OUTPUT]
+        if len(inputs) != 1 or len(outputs) != 1:
+            raise BackendError(f"tensorrt: an engine of {len(inputs)} inputs and {len(outputs)} outputs")
+        self._input, self._output = inputs[0], outputs[0]
+        lanes: list[_Lane] = []
+        for _ in range(LANES):
+            context = engine.create_execution_context()
+            if context is None:
+                error = self._messages.error(f"no execution context for windows of up to {profile.side} px")
+                if not lanes:
+                    raise error
+                LOG.warning("one lane only: %s", error)
+                break
+            lanes.append(_Lane(gpu, spared(context)))
+        super().__init__(gpu, lanes, scale=scale, precision=precision)
+
+    def close(self) -> None:
+        """See Backend.close."""
+        super().close()
+        self._engine = None
+
+    def _run(self, lane: _Lane, shape: tuple[int, ...], dtype: np.dtype, fill: Transfer, take: Transfer) -> None:
+        """See GpuBackend."""
+        self._reserve(lane, shape, dtype)
+        fill(self.gpu, lane.input.address, lane.stream)
+        self._enqueue(lane, shape)
+        take(self.gpu, lane.output.address, lane.stream)
+        self.gpu.synchronize(lane.stream)
+
+    def _enqueue(self, lane: _Lane, shape: tuple[int, ...]) -> None:
+        """Put the computing of a batch into a lane's stream."""
+        comes_again = self._recurring.comes(shape)
+        if lane.ready != shape:
+            # A graph must not be launched once the context that it was captured from has changed.
+            lane.forget()
+            self._prepare(lane, shape)
+            self._compute(lane, shape)  # also what a capture needs to have been done before
+            lane.ready = shape
+            return
+        if lane.graph is None and comes_again and self._captures:
+            self._capture(lane, shape)
+        if lane.graph is None:
+            self._compute(lane, shape)
+        else:
+            self.gpu.launch(lane.graph, lane.stream)
+
+    def _capture(self, lane: _Lane, shape: tuple[int, ...]) -> None:
+        """Make a CUDA graph of the computing; what cannot be captured is computed without."""
+        try:
+            lane.graph = self.gpu.capture(lane.stream, lambda: self._compute(lane, shape))
+        except BackendError as exc:
+            self._captures = False
+            LOG.warning("%s runs without CUDA graphs: %s", self.engine, exc)
+
+    def _prepare(self, lane: _Lane, shape: tuple[int, ...]) -> None:
+        context = lane.context
+        if not context.set_input_shape(self._input, shape):
+            raise self._messages.error(
+                f"a batch of shape {shape} is refused (up to {self.batch} of {self.max_side} px)"
+            )
+        context.set_tensor_address(self._input, lane.input.address)
+        context.set_tensor_address(self._output, lane.output.address)
+
+    def _compute(self, lane: _Lane, shape: tuple[int, ...]) -> None:
+        with self.gpu.current():
+            if not lane.context.execute_async_v3(lane.stream):
+                lane.forget()
+                raise self._messages.error(f"a batch of shape {shape} failed")

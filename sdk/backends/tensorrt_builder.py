@@ -1,0 +1,330 @@
+"""Builds TensorRT engines from a bundle's graphs, with the API that the versions from 8.5 to 11 have.
+
+What only some versions have is asked for by name. Half precision stands in the graph: where a network can be strongly
+typed it is, elsewhere the FP16 flag allows what the graph says, and a look into the engine shows that it came about.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import re
+import threading
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import BackendError, OptionError, OutOfMemory
+from .engine_cache import write_whole
+
+LOG = logging.getLogger(__name__)
+WORKSPACE_MIB = 2048
+OUT_OF_MEMORY = re.compile("out of memory|outofmemory|cudaErrorMemoryAllocation", re.IGNORECASE)
+# How TensorRT writes types: "Row major linear FP16 format" in 8, "Half" in 10.
+TYPES = {"fp16": re.compile(r"\b(fp16|half)\b", re.IGNORECASE), "int8": re.compile(r"\bint8\b", re.IGNORECASE)}
+
+# (what TensorRT is at, done steps, all steps)
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Shapes that an engine takes: 1 to `batch` windows, whose sides are multiples of `stride` up to `side`."""
+
+    stride: int
+    batch: int
+    side: int
+
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Give the smallest shape, the one that the engine is made fastest for, and the largest."""
+        stride, side = self.stride, self.side
+        return (1, stride, stride, 3), (1, side, side, 3), (self.batch, side, side, 3)
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """How hard a builder tries.
+
+    level: TensorRT's optimisation level, 0 to 5; None is its own default. hardware_compatible: the engine runs on every
+    GPU from Ampere on. timing_cache: file of measured times, which makes the next build faster. must_keep: an engine
+    that cannot be written to the disk is an error.
+    """
+
+    workspace_mib: int = WORKSPACE_MIB
+    level: int | None = None
+    hardware_compatible: bool = False
+    timing_cache: Path | None = None
+    progress: Progress | None = None
+    must_keep: bool = False
+
+    def flags(self) -> tuple[str, ...]:
+        """Name what makes an engine another one."""
+        level = () if self.level is None else (f"level={self.level}",)
+        return (*level, *(("hardware_compatible",) if self.hardware_compatible else ()))
+
+
+class Messages:
+    """What TensorRT said last; its functions return nothing but None or False when they fail."""
+
+    def __init__(self) -> None:
+        self._lines: deque[str] = deque(maxlen=8)
+        self._lock = threading.Lock()
+
+    def add(self, line: str) -> None:
+        """Keep an error."""
+        with self._lock:
+            self._lines.append(" ".join(line.split())[:300])
+
+    def clear(self) -> str:
+        """Forget what was said, and give it."""
+        with self._lock:
+            said = "; ".join(self._lines)
+            self._lines.clear()
+        return said
+
+    def error(self, what: str) -> BackendError:
+        """Make an error of what was said since the last one."""
+        said = self.clear()
+        if OUT_OF_MEMORY.search(said):
+            return OutOfMemory(f"tensorrt: {what}: out of memory")
+        return BackendError(f"tensorrt: {what}: {said or 'it does not say why'}")
+
+
+@functools.cache
+def logger(trt: Any) -> tuple[Any, Messages]:
+    """Give the process's one logger, which TensorRT keeps for ever, and what it hears."""
+    messages = Messages()
+    severity = trt.ILogger.Severity
+
+    class Logger(trt.ILogger):
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+
+        def log(self, level: Any, message: str) -> None:
+            if level in (severity.INTERNAL_ERROR, severity.ERROR):
+                messages.add(message)
+            LOG.debug("TensorRT: %s", message)
+
+    return Logger(), messages
+
+
+def build(
+    trt: Any, graph: Path, profile: Profile, *, precision: str, ends: str, float_graph: Path, options: BuildOptions
+) -> bytes:
+    """Build the plan of an engine for the thread's current GPU; minutes.
+
+    graph: with its weights file beside it. float_graph: the one with float ends in fp32, from which an engine with
+    8-bit ends is made where the parser refuses these.
+    Raises: BackendError with TensorRT's words; OutOfMemory; OptionError for what this version cannot do.
+    """
+    log, messages = logger(trt)
+    builder = trt.Builder(log)
+    if not builder:
+        raise messages.error("no builder")
+    config = builder.create_builder_config()
+    network, is_typed = _parse(trt, builder, graph, ends=ends, float_graph=float_graph)
+    if not is_typed:
+        _allow(trt, config, precision)
+    _configure(trt, config, options)
+    shapes = builder.create_optimization_profile()
+    shapes.set_shape(network.get_input(0).name, *profile.shapes())
+    if config.add_optimization_profile(shapes) < 0:
+        raise messages.error(f"shapes {profile.shapes()} are refused")
+    cache = _read_timing_cache(trt, config, options.timing_cache)
+    config.set_timing_cache(cache, False)
+    plan = builder.build_serialized_network(network, config)
+    if plan is None:
+        raise messages.error(f"{graph.name}: no engine could be built")
+    if options.timing_cache:
+        _write_timing_cache(options.timing_cache, bytes(config.get_timing_cache().serialize()))
+    return bytes(plan)
+
+
+def _parse(trt: Any, builder: Any, graph: Path, *, ends: str, float_graph: Path) -> tuple[Any, bool]:
+    """Read a graph into a network; tell whether it is strongly typed."""
+    log, _ = logger(trt)
+    creation = trt.NetworkDefinitionCreationFlag
+    flags, is_typed = 0, hasattr(creation, "STRONGLY_TYPED")
+    if hasattr(creation, "STRONGLY_TYPED"):
+        flags |= 1 << int(creation.STRONGLY_TYPED)
+    if hasattr(creation, "EXPLICIT_BATCH"):
+        flags |= 1 << int(creation.EXPLICIT_BATCH)
+    network = builder.create_network(flags)
+    parser = trt.OnnxParser(network, log)
+    if parser.parse_from_file(str(graph)):
+        return network, is_typed
+    said = _parser_errors(trt, parser)
+    if ends != "uint8" or is_typed or "uint8" not in said.lower():
+        raise BackendError(f"tensorrt {trt.__version__} cannot read {graph.name}: {said}")
+    LOG.info("tensorrt %s: 8-bit ends are attached by hand", trt.__version__)
+    network = builder.create_network(flags)
+    parser = trt.OnnxParser(network, log)
+    if not parser.parse_from_file(str(float_graph)):
+        raise BackendError(f"tensorrt {trt.__version__} cannot read {float_graph.name}: {_parser_errors(trt, parser)}")
+    _attach_uint8_ends(trt, network)
+    return network, is_typed
+
+
+def _parser_errors(trt: Any, parser: Any) -> str:
+    _, messages = logger(trt)
+    messages.clear()  # which hold the same
+    return " ".join("; ".join(parser.get_error(index).desc() for index in range(parser.num_errors)).split())[:600]
+
+
+def _attach_uint8_ends(trt: Any, network: Any) -> None:
+    """Give a network of float pictures 0 to 1 an 8-bit input and output, 0 to 255."""
+
+    def constant(value: float) -> Any:
+        return network.add_constant((1, 1, 1, 1), trt.Weights(np.full(1, value, np.float32))).get_output(0)
+
+    def combine(first: Any, second: Any, operation: Any) -> Any:
+        return network.add_elementwise(first, second, operation).get_output(0)
+
+    def convert(tensor: Any, kind: Any) -> Any:
+        if hasattr(network, "add_cast"):
+            return network.add_cast(tensor, kind).get_output(0)
+        layer = network.add_identity(tensor)
+        layer.set_output_type(0, kind)
+        return layer.get_output(0)
+
+    layers = [network.get_layer(index) for index in range(network.num_layers)]
+    before = network.get_input(0)
+    name, shape = before.name, before.shape
+    before.name = f"{name}.float"
+    picture = network.add_input(name, trt.DataType.UINT8, shape)
+    scaled = combine(convert(picture, trt.DataType.FLOAT), constant(1 / 255), trt.ElementWiseOperation.PROD)
+    for layer in layers:
+        for index in range(layer.num_inputs):
+            tensor = layer.get_input(index)
+            if tensor is not None and tensor.name == before.name:
+                layer.set_input(index, scaled)
+    network.remove_tensor(before)
+    result = network.get_output(0)
+    name = result.name
+    network.unmark_output(result)
+    result.name = f"{name}.float"
+    rounded = combine(
+        combine(result, constant(255), trt.ElementWiseOperation.PROD), constant(0.5), trt.ElementWiseOperation.SUM
+    )
+    output = convert(rounded, trt.DataType.UINT8)  # which truncates
+    output.name = name
+    network.mark_output(output)
+
+
+def _allow(trt: Any, config: Any, precision: str) -> None:
+    """Allow a network that is not strongly typed what its graph asks for."""
+    if precision == "fp16" and hasattr(trt.BuilderFlag, "FP16"):
+        config.set_flag(trt.BuilderFlag.FP16)
+    elif precision == "int8" and hasattr(trt.BuilderFlag, "INT8"):
+        config.set_flag(trt.BuilderFlag.INT8)
+    elif precision != "fp32":
+        raise BackendError(f"tensorrt {trt.__version__} has neither strong typing nor a flag for {precision}")
+
+
+def _configure(trt: Any, config: Any, options: BuildOptions) -> None:
+    config.clear_flag(trt.BuilderFlag.TF32)  # keeps 10 bits: fp32 is the path of 16-bit pictures
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # so that the engine tells its types
+    config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_mib << 20)
+    # Without cuBLAS and cuDNN, which TensorRT 10 leaves away too: an engine that needs them needs 1.5 GB more.
+    sources = trt.TacticSource.EDGE_MASK_CONVOLUTIONS, trt.TacticSource.JIT_CONVOLUTIONS
+    config.set_tactic_sources(sum(1 << int(source) for source in sources))
+    if hasattr(trt.PreviewFeature, "DISABLE_EXTERNAL_TACTIC_SOURCES_FOR_CORE_0805"):
+        config.set_preview_feature(trt.PreviewFeature.DISABLE_EXTERNAL_TACTIC_SOURCES_FOR_CORE_0805, True)
+    if options.level is not None:
+        if not hasattr(config, "builder_optimization_level"):
+            raise OptionError(f"tensorrt {trt.__version__} has no optimisation levels")
+        config.builder_optimization_level = options.level
+    if options.hardware_compatible:
+        if not hasattr(config, "hardware_compatibility_level"):
+            raise OptionError(f"tensorrt {trt.__version__} builds for the GPU at hand only")
+        config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
+    if options.progress and hasattr(trt, "IProgressMonitor"):
+        config.progress_monitor = _monitor(trt, options.progress)
+
+
+def _monitor(trt: Any, progress: Progress) -> Any:
+    """Make TensorRT's progress monitor: of its outermost phases."""
+
+    class Monitor(trt.IProgressMonitor):
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self._phases: dict[str, int] = {}
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            if not parent_phase:
+                self._phases[phase_name] = num_steps
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            if phase_name in self._phases:
+                progress(phase_name, step + 1, self._phases[phase_name])
+            return True
+
+        def phase_finish(self, phase_name: str) -> None:
+            self._phases.pop(phase_name, None)
+
+    return Monitor()
+
+
+def _read_timing_cache(trt: Any, config: Any, path: Path | None) -> Any:
+    data = b""
+    if path:
+        try:
+            data = path.read_bytes()
+        except FileNotFoundError:
+            pass
+        except OSError as exc:
+            LOG.warning("%s: measured times are not used (%s)", path, exc.strerror or exc)
+    cache = config.create_timing_cache(data)
+    if cache is None and data:
+        LOG.warning("%s: damaged, measured anew", path)
+        cache = config.create_timing_cache(b"")
+    return cache
+
+
+def _write_timing_cache(path: Path, data: bytes) -> None:
+    try:
+        write_whole(path, data)
+    except OSError as exc:
+        LOG.warning("%s: measured times are not kept (%s)", path, exc.strerror or exc)
+
+
+def load(trt: Any, plan: bytes) -> Any:
+    """Make an engine of a plan; None if TensorRT refuses it. It belongs to the thread's current GPU."""
+    log, _ = logger(trt)
+    return trt.Runtime(log).deserialize_cuda_engine(plan)
+
+
+def check_types(trt: Any, engine: Any, precision: str) -> None:
+    """Look into an engine for the precision that it was built for.
+
+    Raises: BackendError if no layer computes in it.
+    """
+    if precision not in TYPES:
+        return
+    text = engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
+    try:
+        layers = json.loads(text)["Layers"]
+        found = [layer for layer in layers if _has_type(layer, TYPES[precision])]
+    except (ValueError, KeyError, TypeError) as exc:
+        raise BackendError(f"tensorrt {trt.__version__} does not tell the types of its layers ({exc!r})") from exc
+    if not found:
+        raise BackendError(
+            f"tensorrt {trt.__version__} built an engine without one layer in {precision} of {len(layers)}; "
+            "export again, or use precision='fp32'"
+        )
+    LOG.info("tensorrt: %d of %d layers in %s", len(found), len(layers), precision)
+
+
+def _has_type(layer: dict[str, Any], pattern: re.Pattern[str]) -> bool:
+    """Tell whether a tensor of a layer, whatever its name, is of a type."""
+    tensors = [*layer.get("Inputs", []), *layer.get("Outputs", [])] if isinstance(layer, dict) else []
+    return any(
+        isinstance(value, str) and key != "Name" and pattern.search(value)
+        for tensor in tensors
+        for key, value in tensor.items()
+    )
