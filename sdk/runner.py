@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
@@ -45,7 +46,7 @@ class Runner:
         main = open_backend(backend, request)
         self.backends: dict[str, Backend] = {"uint8": main}
         self._lanes = pipeline.Lanes(main.lanes) if main.lanes > 1 else None
-        self.batch = batch or main.batch
+        self.batch = min(batch or main.batch, main.max_batch or sys.maxsize)
         # Read once: the same picture is cut the same way, whatever else runs later.
         self._too_large: int | None = None  # window pixels that an engine ran out of memory with
         self.window_pixels = max(

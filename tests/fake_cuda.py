@@ -18,7 +18,13 @@ from typing import Any
 
 import numpy as np
 
+# What a thread must not call while it captures, of both libraries.
+UNSAFE = {"cudaMalloc", "cudaFree", "cudaHostAlloc", "cudaDeviceSynchronize", "cudaStreamSynchronize", "mem_alloc",
+          "pagelocked_empty", "synchronize"}  # fmt: skip
 ERRORS = {"cudaSuccess": 0, "cudaErrorMemoryAllocation": 2, "cudaErrorInsufficientDriver": 35, "cudaErrorOther": 999}
+
+
+NAME = "Stand-in GPU"
 
 
 class Short(Exception):
@@ -45,7 +51,9 @@ class Machine:
     streams: dict[int, tuple[int, list[Copy]]] = field(default_factory=dict)
     copied: dict[str, int] = field(default_factory=lambda: {"up": 0, "down": 0, "within": 0})
     runs: list[tuple[int, tuple[int, ...], str]] = field(default_factory=list)  # GPU, shape, "plain|capture|replay"
-    capturing: int | None = None  # the thread that does
+    capturing: int | None = None  # the thread that captures in ONNX Runtime, globally
+    captures: dict[int, tuple[int, list[Copy]]] = field(default_factory=dict)  # stream -> thread, what it put there
+    graphs: dict[int, list[Copy]] = field(default_factory=dict)  # captured ones, and those made ready to launch
     fails: Callable[[tuple[int, ...]], bool] = lambda shape: False
 
     def __post_init__(self) -> None:
@@ -59,6 +67,8 @@ class Machine:
     def call(self, name: str) -> None:
         if self.capturing not in (None, threading.get_ident()):
             self.fault(f"{name} while a graph is captured")
+        if name in UNSAFE and any(thread == threading.get_ident() for thread, _ in self.captures.values()):
+            self.fault(f"{name} while its own thread captures a graph")
 
     def used(self, gpu: int) -> int:
         return sum(memory.nbytes for owner, memory in self.blocks.values() if owner == gpu)
@@ -97,8 +107,7 @@ class Machine:
         self, kind: str, gpu: int, stream: int, target: int, target_pitch: int, source: int, source_pitch: int,
         width: int, rows: int,
     ) -> None:  # fmt: skip
-        owner, queue = self.streams[stream]
-        if owner != gpu:
+        if self.streams[stream][0] != gpu:
             self.fault("a stream of another GPU")
         sides = [(target, target_pitch)] * (kind != "down") + [(source, source_pitch)] * (kind != "up")
         if not all(self.check(gpu, start, pitch * (rows - 1) + width) for start, pitch in sides):
@@ -112,7 +121,39 @@ class Machine:
                 ctypes.memmove(target + row * target_pitch, source + row * source_pitch, width)
 
         ranges = ((target, target + target_pitch * rows), (source, source + source_pitch * rows))
-        queue.append(Copy(do, ranges))
+        self.push(stream, Copy(do, ranges))
+
+    def push(self, stream: int, work: Copy) -> None:
+        """Put work into a stream, or into the graph that is captured from it."""
+        if stream in self.captures:
+            thread, captured = self.captures[stream]
+            if thread != threading.get_ident():
+                self.fault("work of another thread in a stream that is captured")
+            captured.append(work)
+        else:
+            self.streams[stream][1].append(work)
+
+    def current(self) -> int:
+        """Give the current GPU of this thread, whichever library set it."""
+        stack = getattr(self.local, "stack", [])
+        return stack[-1] if stack else getattr(self.local, "gpu", 0)
+
+    def begin_capture(self, stream: int) -> None:
+        self.captures[stream] = threading.get_ident(), []
+
+    def end_capture(self, stream: int) -> int:
+        handle = next(self.handles)
+        self.graphs[handle] = self.captures.pop(stream)[1]
+        return handle
+
+    def instantiate(self, graph: int) -> int:
+        handle = next(self.handles)
+        self.graphs[handle] = self.graphs[graph]
+        return handle
+
+    def launch(self, graph: int, stream: int) -> None:
+        for work in self.graphs[graph]:
+            self.push(stream, work)
 
     def wait(self, stream: int | None = None, gpu: int | None = None) -> None:
         for handle, (owner, queue) in list(self.streams.items()):
@@ -156,6 +197,10 @@ def runtime(machine: Machine) -> Any:
         def cudaSetDevice(self, gpu: int) -> None:
             local.gpu = gpu
 
+        def cudaGetDeviceProperties(self, gpu: int) -> tuple[Any]:
+            facts = types.SimpleNamespace(name=NAME.encode(), major=9, minor=0, totalGlobalMem=machine.limit)
+            return (facts,)
+
         def cudaMemGetInfo(self) -> tuple[int, int]:
             return machine.limit - machine.used(current()), machine.limit
 
@@ -192,12 +237,33 @@ def runtime(machine: Machine) -> Any:
         def cudaDeviceSynchronize(self) -> None:
             machine.wait(gpu=current())
 
+        def cudaStreamBeginCapture(self, stream: int, mode: str) -> None:
+            if mode != "thread local":
+                machine.fault(f"capture mode {mode}")
+            machine.begin_capture(stream)
+
+        def cudaStreamEndCapture(self, stream: int) -> tuple[int]:
+            return (machine.end_capture(stream),)
+
+        def cudaGraphInstantiate(self, graph: int, flags: int) -> tuple[int]:
+            return (machine.instantiate(graph),)
+
+        def cudaGraphLaunch(self, graph: int, stream: int) -> None:
+            machine.launch(graph, stream)
+
+        def cudaGraphDestroy(self, graph: int) -> None:
+            del machine.graphs[graph]
+
+        def cudaGraphExecDestroy(self, graph: int) -> None:
+            del machine.graphs[graph]
+
         def cudaGetLastError(self) -> None:
             pass
 
     functions = Functions()
     names = [name for name in dir(functions) if name.startswith("cuda")]
     return types.SimpleNamespace(
+        cudaStreamCaptureMode=types.SimpleNamespace(cudaStreamCaptureModeThreadLocal="thread local"),
         cudaError_t=codes, cudaMemcpyKind=kinds, cudaHostAllocDefault=0, cudaStreamNonBlocking=1,
         cudaGetErrorString=lambda error: (0, f"error {error}".encode()),
         **{name: answering(getattr(functions, name)) for name in names},
@@ -250,6 +316,15 @@ def pycuda_driver(machine: Machine) -> Any:
 
         def retain_primary_context(self) -> Context:
             return Context(self.gpu)
+
+        def name(self) -> str:
+            return NAME
+
+        def compute_capability(self) -> tuple[int, int]:
+            return 9, 0
+
+        def total_memory(self) -> int:
+            return machine.limit
 
     class Allocation:
         def __init__(self, address: int):
@@ -310,6 +385,39 @@ def pycuda_driver(machine: Machine) -> Any:
         init=lambda: None, mem_alloc=mem_alloc, pagelocked_empty=pagelocked_empty, mem_get_info=mem_get_info,
         memcpy_htod_async=memcpy_htod_async, memcpy_dtoh_async=memcpy_dtoh_async,
     )  # fmt: skip
+
+
+def driver_library(machine: Machine) -> Any:
+    """Make a stand-in for CUDA's driver as ctypes loads it: the functions of graphs, which PyCUDA lacks."""
+
+    class Library:
+        def cuStreamBeginCapture_v2(self, stream: Any, mode: Any) -> int:
+            if mode.value != 1:
+                machine.fault(f"capture mode {mode.value}")
+            machine.begin_capture(stream.value)
+            return 0
+
+        def cuStreamEndCapture(self, stream: Any, graph: Any) -> int:
+            graph._obj.value = machine.end_capture(stream.value)
+            return 0
+
+        def cuGraphInstantiateWithFlags(self, executable: Any, graph: Any, flags: Any) -> int:
+            executable._obj.value = machine.instantiate(graph.value)
+            return 0
+
+        def cuGraphLaunch(self, graph: Any, stream: Any) -> int:
+            machine.launch(graph.value, stream.value)
+            return 0
+
+        def cuGraphDestroy(self, graph: Any) -> int:
+            del machine.graphs[graph.value]
+            return 0
+
+        def cuGraphExecDestroy(self, graph: Any) -> int:
+            del machine.graphs[graph.value]
+            return 0
+
+    return Library()
 
 
 def onnxruntime(machine: Machine, real: Any) -> Any:

@@ -36,11 +36,13 @@ def machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         kind, module = cuda.CudaPythonDevice, fake_cuda.runtime(made)
     monkeypatch.setattr(cuda, "LIBRARIES", ((request.param, "stand_in", kind),))
     monkeypatch.setitem(sys.modules, "stand_in", module)
+    monkeypatch.setattr(cuda, "load_driver", lambda: fake_cuda.driver_library(made))
     monkeypatch.setitem(sys.modules, "onnxruntime", fake_cuda.onnxruntime(made, onnxruntime))
     yield made
     gc.collect()
     assert made.faults == []
     assert made.blocks == {}, "memory is left on the GPU"
+    assert made.graphs == {}
     assert made.pinned == {}
 
 
@@ -96,6 +98,39 @@ def test_device_synchronize_waits_for_every_stream(machine: fake_cuda.Machine) -
     device.upload(buffer.address, source, device.new_stream())
     device.synchronize()
     assert fake_cuda.array_at(np.dtype(np.uint8), (3,), buffer.address).tolist() == [1, 2, 3]
+
+
+def test_graphs_are_captured_and_launched(machine: fake_cuda.Machine) -> None:
+    device = cuda.open_device(0)
+    source, target = cuda.Buffer(device, 3), cuda.Buffer(device, 3)
+    stream, result = device.new_stream(), np.zeros(3, np.uint8)
+
+    def enqueue() -> None:
+        device.copy_rows(target.address, 3, source.address, 3, width=3, rows=1, stream=stream)
+
+    graph = device.capture(stream, enqueue)
+    for value in (1, 2):
+        device.upload(source.address, np.full(3, value, np.uint8), stream)
+        device.launch(graph, stream)
+        device.download(result, target.address, stream)
+        device.synchronize(stream)
+        assert result.tolist() == [value] * 3
+    device.release_graph(graph)
+
+    def fail() -> None:
+        raise BackendError("inside")
+
+    with pytest.raises(BackendError, match="inside"):
+        device.capture(stream, fail)
+    assert machine.captures == {} and machine.graphs == {}
+
+
+def test_what_a_gpu_is(machine: fake_cuda.Machine) -> None:
+    device = cuda.open_device(1)
+    assert device.facts() == cuda.Facts(fake_cuda.NAME, "9.0", machine.limit)
+    with device.current():
+        assert machine.current() == 1
+    assert machine.current() == 0
 
 
 def test_too_little_device_memory(machine: fake_cuda.Machine) -> None:

@@ -58,8 +58,8 @@ class Backend(Protocol):
     """An opened engine for one graph.
 
     name, device, precision, engine (its version) say what really runs; batch is how many windows pay off at once,
-    lanes in how many threads calls of run pay off, max_side the longest side of a window, None for any. is_checked:
-    fp16 has been held against fp32.
+    lanes in how many threads calls of run pay off. max_batch and max_side: most windows at once and the longest side of
+    one; None for any. is_checked: fp16 has been held against fp32.
     """
 
     name: str
@@ -68,6 +68,7 @@ class Backend(Protocol):
     engine: str
     batch: int
     lanes: int
+    max_batch: int | None
     max_side: int | None
     is_checked: bool
 
@@ -118,6 +119,7 @@ class HostBackend:
     device = "cpu"
     batch = 1
     lanes = 1
+    max_batch: int | None = None
     max_side: int | None = None
     is_checked = False
 

@@ -60,6 +60,10 @@ class Lane:
         self.output.free()
         self._staged_in = self._staged_out = np.empty(0, np.uint8)
 
+    def close(self) -> None:
+        """Give everything back; the lane is not used again."""
+        self.free()
+
 
 class GpuBackend(Generic[AnyLane]):
     """An engine on one GPU. A run fills the input buffer of a lane, computes, and empties its output buffer."""
@@ -67,6 +71,7 @@ class GpuBackend(Generic[AnyLane]):
     name: str
     engine: str
     batch: int
+    max_batch: int | None = None
     max_side: int | None = None
     is_checked = False
 
@@ -142,7 +147,7 @@ class GpuBackend(Generic[AnyLane]):
             yield lane
         finally:
             if self._closed:
-                lane.free()
+                lane.close()
             self._idle.put(lane)
 
     def _reserve(self, lane: AnyLane, shape: tuple[int, ...], dtype: np.dtype) -> None:

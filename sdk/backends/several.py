@@ -24,6 +24,7 @@ class Several:
         self.name, self.precision, self.engine, self.batch = first.name, first.precision, first.engine, first.batch
         self.device = "cuda:" + ",".join(backend.device.removeprefix("cuda:") for backend in backends)
         self.lanes = sum(backend.lanes for backend in backends)
+        self.max_batch = min((most for backend in backends if (most := backend.max_batch)), default=None)
         self.max_side = min((side for backend in backends if (side := backend.max_side)), default=None)
         self._backends = list(backends)
         self._idle: queue.SimpleQueue[Backend] = queue.SimpleQueue()

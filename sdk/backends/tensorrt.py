@@ -221,6 +221,11 @@ class _Lane(Lane):
             self._device.release_graph(self.graph)
         self.ready = self.graph = None
 
+    def close(self) -> None:
+        """See Lane."""
+        super().close()
+        self.context = None
+
 
 class TensorRtBackend(GpuBackend[_Lane]):
     """One engine on one GPU."""
@@ -230,7 +235,8 @@ class TensorRtBackend(GpuBackend[_Lane]):
 
     def __init__(self, trt: Any, gpu: Device, engine: Any, profile: Profile, *, scale: int, precision: str):
         self.engine = f"tensorrt {trt.__version__}"
-        self.batch, self.max_side = profile.batch, profile.side
+        self.batch = self.max_batch = profile.batch
+        self.max_side = profile.side
         self._messages = logger(trt)[1]
         self._captures = True
         self._engine: Any = spared(engine)
