@@ -282,13 +282,13 @@ def test_tactics_that_need_other_libraries_are_off(world: World) -> None:
 
 
 def test_measured_times_are_kept(world: World, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    path = tmp_path / "times"
-    tensorrt.open_backend(request(), BuildOptions(timing_cache=path)).close()
+    path, options = tmp_path / "timing.cache", BuildOptions(folder=tmp_path)
+    tensorrt.open_backend(request(), options).close()
     first = path.read_bytes()
-    tensorrt.open_backend(request("blur"), BuildOptions(timing_cache=path)).close()
+    tensorrt.open_backend(request("blur"), options).close()
     assert world.builds[1]["times"] == first != path.read_bytes()
     path.write_bytes(b"damaged")
-    tensorrt.open_backend(request("identity"), BuildOptions(timing_cache=path)).close()
+    tensorrt.open_backend(request("identity"), options).close()
     assert "damaged, measured anew" in caplog.text and path.read_bytes().startswith(b"times")
 
 
@@ -305,6 +305,16 @@ def test_an_engine_is_built_once(world: World, cache: Path) -> None:
         np.testing.assert_array_equal(upscaler.upscale(image), expected(image))
     assert len(world.builds) == 1 and path.stat().st_mtime_ns == stamp
     assert [path.suffix for path in cache.iterdir()].count(".part") == 0
+
+
+def test_an_engine_for_many_gpus_serves_any(ten: World, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensorrt.open_backend(request(), BuildOptions(hardware_compatible=True, level=5)).close()
+    monkeypatch.setattr(fake_cuda, "NAME", "Another GPU")
+    on_gpu().close()
+    assert len(ten.builds) == 1
+    tensorrt.open_backend(request(), BuildOptions(rebuild=True)).close()
+    tensorrt.open_backend(request(), BuildOptions(rebuild=True)).close()
+    assert len(ten.builds) == 3 and len(list(cache.glob("*.engine"))) == 2
 
 
 def header(path: Path) -> tuple[dict[str, Any], bytes]:
@@ -399,7 +409,7 @@ def test_an_interrupted_build_leaves_nothing(ten: World, cache: Path, monkeypatc
         patch.setattr(tensorrt, "build", interrupted)
         with pytest.raises(KeyboardInterrupt):
             on_gpu()
-    assert [path.suffix for path in cache.iterdir()] == [".lock"]
+    assert not [path for path in cache.iterdir() if path.suffix != ".lock"]
     on_gpu().close()
 
 
@@ -414,7 +424,7 @@ def test_a_full_disk_costs_the_file_only(
     with on_gpu() as upscaler:
         np.testing.assert_array_equal(upscaler.upscale(image), expected(image))
     assert "No space left on device" in caplog.text
-    assert not [path for path in cache.iterdir() if path.suffix != ".lock"]
+    assert not list(cache.glob("*.engine")) and not list(cache.glob(".*"))
     with pytest.raises(BackendError, match="No space left on device"):
         tensorrt.open_backend(request(), BuildOptions(must_keep=True))
 

@@ -63,10 +63,10 @@ def cache_dir(name: str) -> Path:
     return folder
 
 
-def engine_path(folder: Path, stage: str, key: Key) -> Path:
+def engine_name(stage: str, key: Key) -> str:
     """Name the file of an engine. Stages may be called anything: only the tame part of the name goes into it."""
     tame = "".join(char for char in stage if char.isascii() and char.isalnum())[:20]
-    return folder / f"{tame or 'stage'}-{key.precision}-{key.digest()[:20]}.engine"
+    return f"{tame or 'stage'}-{key.precision}-{key.digest()[:20]}.engine"
 
 
 def read_engine(path: Path, key: Key) -> bytes | None:

@@ -20,13 +20,14 @@ from ..bundle import Stage
 from ..errors import BackendError, BackendUnavailable
 from . import Backend, Request, Transfer, check_half
 from .cuda import Device, open_device
-from .engine_cache import Key, cache_dir, engine_path, locked, read_engine, write_engine
+from .engine_cache import Key, cache_dir, engine_name, locked, read_engine, write_engine
 from .forking import spared
 from .gpu import GpuBackend, Lane
 from .tensorrt_builder import BuildOptions, Profile, build, check_types, load, logger
 
-__all__ = ["TensorRtBackend", "choose_profile", "engine_dir", "open_backend", "open_device"]
+__all__ = ["TensorRtBackend", "choose_profile", "engine_dir", "open_backend", "open_device", "open_reference"]
 LOG = logging.getLogger(__name__)
+TIMING_CACHE = "timing.cache"
 LANES = 2  # one computes while the other copies
 BATCHES = (8, 4, 2, 1)
 ROOMY_SIDE = 1024  # windows are at least as large before batches grow: tiles of small ones are little but halo
@@ -76,6 +77,17 @@ def engine_dir() -> Path:
     return Path(folder) if folder else cache_dir("engines")
 
 
+def open_reference(request: Request, options: BuildOptions = BuildOptions()) -> Backend:  # noqa: B008
+    """Open what an engine is held against: the ONNX graph in fp32 on the CPU, or else an engine of it."""
+    request = replace(request, precision="fp32")
+    try:
+        from .onnxruntime import open_backend as open_onnxruntime
+
+        return open_onnxruntime(replace(request, device="cpu"))
+    except BackendUnavailable:
+        return open_backend(request, options)
+
+
 def choose_profile(stage: Stage, total_bytes: int) -> Profile:
     """Choose how large windows and batches may be, from a GPU's memory: the same for a GPU whenever it is asked."""
     stride, halo = stage.stride, stage.context(error=1)
@@ -99,16 +111,18 @@ class _Opening:
 
     def open(self) -> TensorRtBackend:
         """Give the engine, from the disk where it is there."""
-        key = self._key()
+        key = self._key(compatible=self._options.hardware_compatible)
         path = self._path(key)
         if path is None:
-            return self._build()[0]
-        if found := self._from_disk(path, key):
-            return found
+            return self._build(None)[0]
+        if not self._options.rebuild:
+            for candidate in (key, self._key(compatible=True)):
+                if found := self._from_disk(path.with_name(self._name(candidate)), candidate):
+                    return found
         with self._lock(path):  # another process may be at it
-            if found := self._from_disk(path, key):
+            if not self._options.rebuild and (found := self._from_disk(path, key)):
                 return found
-            backend, plan = self._build()
+            backend, plan = self._build(path.with_name(TIMING_CACHE))
             try:
                 write_engine(path, key, plan)
             except BackendError as exc:
@@ -120,7 +134,7 @@ class _Opening:
     def _path(self, key: Key) -> Path | None:
         """Name the engine's file; None, and a line in the log, if there is no place for it."""
         try:
-            return engine_path(engine_dir(), self._request.stage.name, key)
+            return (self._options.folder or engine_dir()) / self._name(key)
         except (OSError, RuntimeError) as exc:  # RuntimeError: a user without a home folder
             self._not_kept(exc)
             return None
@@ -140,18 +154,21 @@ class _Opening:
             raise BackendError(told) from exc
         LOG.warning("%s", told)
 
-    def _key(self) -> Key:
+    def _name(self, key: Key) -> str:
+        return engine_name(self._request.stage.name, key)
+
+    def _key(self, *, compatible: bool) -> Key:
         facts = self._gpu.facts()
         return Key(
             onnx=self._graph.file.sha256,
             weights=self._request.stage.weights.sha256,
             library=f"tensorrt {self._trt.__version__}",
-            gpu="any" if self._options.hardware_compatible else facts.name,
-            capability="any" if self._options.hardware_compatible else facts.capability,
+            gpu="any from Ampere on" if compatible else facts.name,
+            capability="8.0 or more" if compatible else facts.capability,
             precision=self._request.precision,
             ends=self._request.ends,
             profile=self._profile.shapes(),
-            flags=self._options.flags(),
+            flags=("hardware_compatible",) if compatible else (),
         )
 
     def _from_disk(self, path: Path, key: Key) -> TensorRtBackend | None:
@@ -165,7 +182,7 @@ class _Opening:
             return None
         return self._backend(engine)
 
-    def _build(self) -> tuple[TensorRtBackend, bytes]:
+    def _build(self, timing_cache: Path | None) -> tuple[TensorRtBackend, bytes]:
         """Build an engine and check it; give its plan too."""
         request, folder = self._request, self._request.folder
         LOG.warning(
@@ -175,7 +192,8 @@ class _Opening:
         float_graph = folder / request.stage.graph(precision="fp32", ends="float32").file.name
         plan = build(
             self._trt, folder / self._graph.file.name, self._profile,
-            precision=request.precision, ends=request.ends, float_graph=float_graph, options=self._options,
+            precision=request.precision, ends=request.ends, float_graph=float_graph, timing_cache=timing_cache,
+            options=self._options,
         )  # fmt: skip
         engine = load(self._trt, plan)
         if engine is None:
@@ -184,20 +202,10 @@ class _Opening:
         check_types(self._trt, engine, request.precision)
         backend = self._backend(engine)
         if request.precision == "fp16":
-            with closing(self._reference()) as reference:
+            with closing(open_reference(request, self._options)) as reference:
                 psnr = check_half(backend, reference, request.stage)
             LOG.info("stage %s: fp16 is %.1f dB from fp32 on %s", request.stage.name, psnr, reference.engine)
         return backend, plan
-
-    def _reference(self) -> Backend:
-        """Open what a new engine is held against: the ONNX graph in fp32 on the CPU, or else an engine of it."""
-        request = replace(self._request, precision="fp32")
-        try:
-            from .onnxruntime import open_backend as open_onnxruntime
-
-            return open_onnxruntime(replace(request, device="cpu"))
-        except BackendUnavailable:
-            return open_backend(request, self._options)
 
     def _backend(self, engine: Any) -> TensorRtBackend:
         request = self._request

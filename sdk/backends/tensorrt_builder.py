@@ -48,24 +48,20 @@ class Profile:
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """How hard a builder tries.
+    """How an engine is built and kept.
 
     level: TensorRT's optimisation level, 0 to 5; None is its own default. hardware_compatible: the engine runs on every
-    GPU from Ampere on. timing_cache: file of measured times, which makes the next build faster. must_keep: an engine
-    that cannot be written to the disk is an error.
+    GPU from Ampere on. folder: of engines, and of the times that the builder measures; None is where the runtime looks.
+    must_keep: an engine that cannot be written there is an error. rebuild: even if there is one.
     """
 
     workspace_mib: int = WORKSPACE_MIB
     level: int | None = None
     hardware_compatible: bool = False
-    timing_cache: Path | None = None
     progress: Progress | None = None
+    folder: Path | None = None
     must_keep: bool = False
-
-    def flags(self) -> tuple[str, ...]:
-        """Name what makes an engine another one."""
-        level = () if self.level is None else (f"level={self.level}",)
-        return (*level, *(("hardware_compatible",) if self.hardware_compatible else ()))
+    rebuild: bool = False
 
 
 class Messages:
@@ -114,12 +110,21 @@ def logger(trt: Any) -> tuple[Any, Messages]:
 
 
 def build(
-    trt: Any, graph: Path, profile: Profile, *, precision: str, ends: str, float_graph: Path, options: BuildOptions
+    trt: Any,
+    graph: Path,
+    profile: Profile,
+    *,
+    precision: str,
+    ends: str,
+    float_graph: Path,
+    timing_cache: Path | None,
+    options: BuildOptions,
 ) -> bytes:
     """Build the plan of an engine for the thread's current GPU; minutes.
 
     graph: with its weights file beside it. float_graph: the one with float ends in fp32, from which an engine with
-    8-bit ends is made where the parser refuses these.
+    8-bit ends is made where the parser refuses these. timing_cache: file of measured times, which makes the next build
+    faster.
     Raises: BackendError with TensorRT's words; OutOfMemory; OptionError for what this version cannot do.
     """
     log, messages = logger(trt)
@@ -135,13 +140,13 @@ def build(
     shapes.set_shape(network.get_input(0).name, *profile.shapes())
     if config.add_optimization_profile(shapes) < 0:
         raise messages.error(f"shapes {profile.shapes()} are refused")
-    cache = _read_timing_cache(trt, config, options.timing_cache)
+    cache = _read_timing_cache(trt, config, timing_cache)
     config.set_timing_cache(cache, False)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise messages.error(f"{graph.name}: no engine could be built")
-    if options.timing_cache:
-        _write_timing_cache(options.timing_cache, bytes(config.get_timing_cache().serialize()))
+    if timing_cache:
+        _write_timing_cache(timing_cache, bytes(config.get_timing_cache().serialize()))
     return bytes(plan)
 
 
