@@ -58,11 +58,14 @@ CONTESTANTS = (
     REFERENCE,
     Contestant("openvino", "cpu", "fp32"),
     Contestant("openvino", "cpu", "bf16"),
+    Contestant("tensorrt", "cuda:0", "fp32"),
+    Contestant("tensorrt", "cuda:0", "fp16"),
     Contestant("onnxruntime", "cuda:0", "fp32"),
     Contestant("onnxruntime", "cuda:0", "fp16"),
     EAGER,
     Contestant("pytorch", "cpu", "bf16"),
     Contestant("pytorch", "cuda:0", "fp32"),
+    Contestant("pytorch", "cuda:0", "fp16"),
     Contestant("pytorch", "cuda:0", "bf16"),
 )
 

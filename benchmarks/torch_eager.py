@@ -25,7 +25,7 @@ def open_network(
     """Build a function (h, w, 3) uint8 -> (h*scale, w*scale, 3) uint8 that does what the deployed graph does.
 
     run: folder of sr-train that holds the weights of the bundle's last stage; None: random weights.
-    precision: "fp32", or "bf16": autocast on channels-last tensors.
+    precision: "fp32", "fp16": half throughout, or "bf16": autocast; on channels-last tensors.
     Raises: BackendUnavailable without PyTorch, the device or a usable recipe; OptionError if the run does not fit.
     """
     try:
@@ -37,13 +37,14 @@ def open_network(
         raise BackendUnavailable(f"PyTorch sees no CUDA device for {device}")
     scale = bundle.manifest.scale
     layout = torch.channels_last
-    network = _load(bundle, run).to(device, memory_format=layout).eval()
+    dtype = torch.float16 if precision == "fp16" else torch.float32
+    network = load_network(bundle, run).to(device, dtype, memory_format=layout).eval()
     stride = network.stride(scale)
 
     @torch.inference_mode()
     def upscale(lr: np.ndarray) -> np.ndarray:
         height, width = lr.shape[:2]
-        x = torch.from_numpy(lr).to(device).permute(2, 0, 1)[None].float() / 255
+        x = torch.from_numpy(lr).to(device).permute(2, 0, 1)[None].to(dtype) / 255
         x = F.pad(x, (0, -width % stride, 0, -height % stride), mode="replicate")
         x = x.contiguous(memory_format=layout)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16"):
@@ -55,8 +56,8 @@ def open_network(
     return upscale
 
 
-def _load(bundle: Bundle, run: Path | None) -> Any:
-    """Give the folded network, as it was exported."""
+def load_network(bundle: Bundle, run: Path | None) -> Any:
+    """Give the folded network, as it was exported; run as for open_network. Raises: as that."""
     try:
         from train.checkpoint import load_checkpoint, stage_folder
         from train.errors import TrainError

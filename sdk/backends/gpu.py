@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import queue
 from collections.abc import Iterator, Sequence
 from typing import Generic, TypeVar
@@ -66,7 +67,10 @@ class Lane:
 
 
 class GpuBackend(Generic[AnyLane]):
-    """An engine on one GPU. A run fills the input buffer of a lane, computes, and empties its output buffer."""
+    """An engine on one GPU. A run fills the input buffer of a lane, computes, and empties its output buffer.
+
+    What recurs is run as a CUDA graph, unless SR_CUDA_GRAPHS is 0.
+    """
 
     name: str
     engine: str
@@ -82,6 +86,7 @@ class GpuBackend(Generic[AnyLane]):
         self.lanes = len(lanes)
         self._scale = scale
         self._closed = False
+        self._captures = os.environ.get("SR_CUDA_GRAPHS") != "0"
         self._recurring = Recurring()
         self._idle: queue.SimpleQueue[AnyLane] = queue.SimpleQueue()
         for lane in lanes:

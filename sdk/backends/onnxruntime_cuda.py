@@ -93,7 +93,7 @@ class OnnxRuntimeCudaBackend(GpuBackend[_Lane]):
 
     def _graph_of(self, lane: _Lane, shape: tuple[int, ...]) -> tuple[int, bool]:
         """Give the id of the CUDA graph for a shape in a lane, and whether the next run captures it."""
-        if not self._recurring.comes(shape):
+        if not self._recurring.comes(shape) or not self._captures:
             return NO_GRAPH, False
         if shape in lane.graphs:
             return lane.graphs[shape], False

@@ -246,7 +246,6 @@ class TensorRtBackend(GpuBackend[_Lane]):
         self.batch = self.max_batch = profile.batch
         self.max_side = profile.side
         self._messages = logger(trt)[1]
-        self._captures = True
         self._engine: Any = spared(engine)
         modes = {engine.get_tensor_name(number): None for number in range(engine.num_io_tensors)}
         inputs = [name for name in modes if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT]
