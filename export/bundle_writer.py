@@ -27,6 +27,7 @@ from train.run_folder import load_run
 
 from . import verify
 from .errors import ExportError
+from .parity import check_parity, on_grid, read_pictures
 from .precision import in_half, round_weights
 from .to_onnx import OPSET, WeightsFile, quiet, trace
 
@@ -153,7 +154,7 @@ def _export_stage(
     parity = _check_parity(network, draft, folder, scale, options, report)
     report(f"stage {config.name}: measuring the halo")
     backend = open_backend("onnxruntime", Request(folder, draft, scale, "uint8", "cpu", "fp32"))
-    pictures = [picture for _, picture in verify.read_pictures(options.pictures, largest=verify.MAX_SIDE)]
+    pictures = [picture for _, picture in read_pictures(options.pictures, largest=verify.MAX_SIDE)]
     halo = verify.measure_halo(backend.run, pictures, stride=stride, scale=scale)
     backend.close()
     stage = replace(draft, halo=halo, parity=parity)
@@ -169,14 +170,14 @@ def _check_parity(
     A bf16 result below its bar is left out of the table, and the runtime stays with fp32.
     """
     references = []
-    for name, picture in verify.read_pictures(options.pictures, largest=256):
-        padded = verify.on_grid(picture, stage.stride)
+    for name, picture in read_pictures(options.pictures, largest=256):
+        padded = on_grid(picture, stage.stride)
         references.append((name, padded, verify.run_torch(network, padded[None], scale=scale)[0]))
     rows: list[Parity] = []
 
     def check(engine: str, precision: str, run: Callable[[np.ndarray], np.ndarray]) -> None:
         where = f"stage {stage.name} on {engine}"
-        worst = verify.check_parity(run, references, precision=precision, where=where)
+        worst = check_parity(run, references, precision=precision, where=where)
         rows.append(Parity(engine, precision, round(min(worst.psnr_db, 999.0), 2), float(worst.max_error)))
         report(f"{where}, {precision}: {worst.psnr_db:.1f} dB, at most {worst.max_error} from PyTorch fp32")
 
@@ -215,7 +216,7 @@ def _check_half_graph(stage: Stage, folder: Path, references: Sequence[tuple[str
         return
     graph = folder / stage.graph(precision="fp16", ends="uint8").file.name
     with closing(OnnxRuntimeBackend(onnxruntime, str(graph), precision="fp16")) as backend:
-        verify.check_parity(backend.run, references, precision="fp16", where=f"stage {stage.name}, graph {graph.name}")
+        check_parity(backend.run, references, precision="fp16", where=f"stage {stage.name}, graph {graph.name}")
 
 
 def _check_float_graph(

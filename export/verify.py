@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import onnx
@@ -17,51 +15,11 @@ from sdk.bundle import HaloRow
 from train.models import Network
 
 from .errors import ExportError
+from .parity import compare
 from .to_onnx import DeployGraph
 
 LOG = logging.getLogger(__name__)
-PICTURES = Path(__file__).parent / "pictures"
-MAX_FP32_ERROR = 1  # code values against PyTorch
-MIN_PSNR_DB = {"fp16": 50.0, "bf16": 45.0}
 FIRST_SIDE, MAX_SIDE = 288, 1152  # of the pictures that the halo is measured on; time grows with the square
-
-
-@dataclass(frozen=True)
-class Difference:
-    """Of two 8-bit pictures: PSNR in dB (inf when equal), largest error in code values, and where (row, column)."""
-
-    psnr_db: float
-    max_error: int
-    place: tuple[int, int]
-
-
-def compare(result: np.ndarray, reference: np.ndarray) -> Difference:
-    """Compare (H, W, 3) uint8 pictures of one shape."""
-    error = np.abs(result.astype(np.int16) - reference)
-    mse = float(np.mean(error.astype(np.float64) ** 2))
-    row, column, _ = np.unravel_index(int(error.argmax()), error.shape)
-    return Difference(
-        float(10 * np.log10(255**2 / mse)) if mse else float("inf"), int(error.max()), (int(row), int(column))
-    )
-
-
-def read_pictures(folder: Path | None, *, largest: int) -> list[tuple[str, np.ndarray]]:
-    """Read real pictures (name, (H, W, 3) uint8), cropped in the middle to at most `largest` pixels a side.
-
-    Raises: ExportError if the folder holds none.
-    """
-    from sdk import files
-
-    folder = folder or PICTURES
-    paths = sorted(p for p in folder.glob("*") if p.suffix.lower() in files.FORMATS) if folder.is_dir() else []
-    if not paths:
-        raise ExportError(f"{folder}: no pictures to check the export on; give a folder with --pictures")
-    result = []
-    for path in paths:
-        array = np.asarray(Image.fromarray(files.read(path)[0]).convert("RGB"))
-        top, left = (max(0, (side - largest) // 2) for side in array.shape[:2])
-        result.append((path.name, np.ascontiguousarray(array[top : top + largest, left : left + largest])))
-    return result
 
 
 @torch.no_grad()
@@ -69,44 +27,6 @@ def run_torch(network: Network, batch: np.ndarray, *, scale: int) -> np.ndarray:
     """Run the deploy graph in PyTorch, in the network's own precision, on uint8 or float32 NHWC on the grid."""
     graph = DeployGraph(network, scale=scale, ends=str(batch.dtype)).eval()
     return graph(torch.from_numpy(batch)).numpy()
-
-
-def check_parity(
-    run: Callable[[np.ndarray], np.ndarray],
-    references: Sequence[tuple[str, np.ndarray, np.ndarray]],
-    *,
-    precision: str,
-    where: str,
-) -> Difference:
-    """Hold an engine against PyTorch fp32 on (name, picture, reference) triples.
-
-    run: (1, h, w, 3) uint8 -> (1, h*scale, w*scale, 3) uint8. fp32 may differ by 1 code value anywhere; the others
-    must reach MIN_PSNR_DB on every picture. where: names stage and engine in the message.
-    Returns: the lowest PSNR and the largest error of all. Raises: ExportError that names precision, picture and place.
-    """
-    differences = []
-    for name, picture, reference in references:
-        difference = compare(run(picture[None])[0], reference)
-        if precision == "fp32":
-            bad = difference.max_error > MAX_FP32_ERROR
-            limit = f"at most {MAX_FP32_ERROR} code value"
-        else:
-            bad = not difference.psnr_db >= MIN_PSNR_DB[precision]
-            limit = f"at least {MIN_PSNR_DB[precision]} dB"
-        if bad:
-            raise ExportError(
-                f"{where}, {precision}: {name} differs from PyTorch by {difference.max_error} code values at "
-                f"{difference.place}, {difference.psnr_db:.1f} dB ({limit} is allowed)"
-            )
-        differences.append(difference)
-    by_error = max(differences, key=lambda difference: difference.max_error)
-    return replace(by_error, psnr_db=min(difference.psnr_db for difference in differences))
-
-
-def on_grid(picture: np.ndarray, stride: int) -> np.ndarray:
-    """Mirror-pad a picture to the stride grid."""
-    height, width = (tiling.round_up(side, stride) for side in picture.shape[:2])
-    return tiling.pad_to(picture, (height, width))
 
 
 def measure_halo(

@@ -15,7 +15,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from export import bundle_writer, verify
+from export import bundle_writer, parity, verify
 from export.bundle_writer import Options, export_run
 from export.cli import main
 from export.errors import ExportError
@@ -134,7 +134,7 @@ def test_the_upscaler_gives_what_pytorch_gives(bundle):
         round_weights(network)
         expected = verify.run_torch(network, picture[None], scale=2)[0]
         with Upscaler(bundle.folder, stage=stage.name, backend="onnxruntime") as upscaler:
-            assert verify.compare(upscaler.upscale(picture), expected).max_error <= 1
+            assert parity.compare(upscaler.upscale(picture), expected).max_error <= 1
 
 
 def test_a_sixteen_bit_picture_runs_the_float_graph(bundle):
@@ -176,11 +176,11 @@ def test_parity_failure_names_stage_precision_picture_and_place():
     wrong = picture.copy()
     wrong[2, 5] = 3
     with pytest.raises(ExportError, match=r"stage 64.*fp32.*cat\.png.*3 code values at \(2, 5\)"):
-        verify.check_parity(
+        parity.check_parity(
             lambda batch: wrong[None], [("cat.png", picture, picture)], precision="fp32", where="stage 64 on x"
         )
     with pytest.raises(ExportError, match=r"fp16.*at least 50"):
-        verify.check_parity(
+        parity.check_parity(
             lambda batch: wrong[None] + 9, [("cat.png", picture, picture)], precision="fp16", where="stage 64 on x"
         )
 
@@ -231,7 +231,7 @@ def test_the_perceptual_unet_traces_and_matches_pytorch(tmp_path):
     session = onnxruntime.InferenceSession(str(tmp_path / "u.onnx"), providers=["CPUExecutionProvider"])
     batch = np.random.default_rng(0).integers(0, 256, (1, 16, 24, 3), dtype=np.uint8)
     (result,) = session.run(None, {"picture": batch})
-    assert verify.compare(result[0], verify.run_torch(network, batch, scale=4)[0]).max_error <= 1
+    assert parity.compare(result[0], verify.run_torch(network, batch, scale=4)[0]).max_error <= 1
 
 
 def test_deploy_graph_rounds_and_clamps():
