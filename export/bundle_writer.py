@@ -1,8 +1,10 @@
-"""Turn a run into a bundle: trace, check, measure, describe."""
+"""Turn trained networks into a bundle: trace, check, measure, describe."""
 
 from __future__ import annotations
 
+import functools
 import os
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -13,6 +15,8 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
+from torch import nn
+from torch.nn.utils import parametrize
 
 from sdk.backends import Request, open_backend
 from sdk.backends.onnxruntime import OnnxRuntimeBackend
@@ -22,64 +26,149 @@ from train.checkpoint import load_checkpoint, stage_folder
 from train.errors import TrainError
 from train.feature_nets import RANDOM_WEIGHTS
 from train.models import Network, build_model
-from train.recipe import Recipe, StageConfig
+from train.recipe import Recipe
 from train.run_folder import load_run
 
-from . import verify
+from . import int8, verify
 from .errors import ExportError
-from .parity import check_parity, on_grid, read_pictures
-from .precision import in_half, round_weights
+from .parity import MIN_PSNR_DB, Difference, check_parity, compare, on_grid, read_pictures
+from .precision import find_islands, in_half, round_weights
 from .to_onnx import OPSET, WeightsFile, quiet, trace
 
 ENGINES = (("onnxruntime", "fp32"), ("openvino", "fp32"), ("openvino", "bf16"))
+INT8_ENGINES = (("onnxruntime", "int8"), ("openvino", "int8"))
 MAX_FLOAT_ERROR = 0.25 / 255
 NOTICE = (
     "This model invents detail that looks plausible but was not in the picture. "
     "Do not read evidence, identities, text or measurements from what it adds."
 )
 
+Report = Callable[[str], None]
+
 
 @dataclass(frozen=True)
 class Options:
     """What the exporting person decides.
 
+    int8: folder of photographs to calibrate INT8 graphs on; None writes none.
     figures: measured quality, embedded into the manifest as it is.
     incomplete: also export a stage that --max-steps cut short.
     """
 
     scale: int | None = None
     fp16: bool = False
+    int8: Path | None = None
     pictures: Path | None = None
     licence: str = ""
     figures: dict[str, Any] | None = None
     incomplete: bool = False
 
 
-def export_run(
-    run: Path, out: Path, options: Options, *, report: Callable[[str], None] = lambda line: None
-) -> Manifest:
+@dataclass(frozen=True)
+class Source:
+    """One stage to export. load: gives the network with its trained weights, to be folded in place, and its facts."""
+
+    name: str
+    training_size: int
+    load: Callable[[], tuple[Network, dict[str, Any]]]
+
+
+@dataclass(frozen=True)
+class _Work:
+    """A stage on its way into a bundle's folder.
+
+    network: as deployed, in fp32. references: (name, picture, what PyTorch makes of it in fp32), uint8.
+    """
+
+    name: str
+    network: Network
+    references: list[tuple[str, np.ndarray, np.ndarray]]
+    folder: Path
+    scale: int
+    options: Options
+    report: Report
+
+    @property
+    def stride(self) -> int:
+        return self.network.stride(self.scale)
+
+
+def export_run(run: Path, out: Path, options: Options, *, report: Report = lambda line: None) -> Manifest:
     """Export every stage of a run that has weights into the folder `out`, which must not exist.
 
     Raises: ExportError if a stage was cut short unasked, a graph differs from PyTorch, or `out` cannot be written.
     """
-    if out.exists():
-        raise ExportError(f"{out}: exists already; choose another name or remove it")
+    refuse_existing(out)
     try:
         recipe = load_run(run)
     except TrainError as exc:
         raise ExportError(str(exc)) from exc
-    scale = _choose_scale(recipe, options.scale)
-    done = [stage for stage in recipe.stages if stage_folder(run, stage.name).is_dir()]
-    if not done:
+    scale = choose_scale(recipe.model.scales, options.scale)
+    sources = [
+        Source(stage.name, stage.size, functools.partial(_load_stage, run, recipe, stage.name, options.incomplete))
+        for stage in recipe.stages
+        if stage_folder(run, stage.name).is_dir()
+    ]
+    if not sources:
         raise ExportError(f"{run}: no finished stage yet; let sr-train complete one")
+    return _write_bundle(sources, out, options, scale=scale, report=report)
+
+
+def export_network(
+    network: Network,
+    out: Path,
+    options: Options,
+    *,
+    stage: str,
+    training_size: int,
+    facts: dict[str, Any],
+    report: Report = lambda line: None,
+) -> Manifest:
+    """Export a network that comes from no run as the one stage of a bundle in the folder `out`.
+
+    network: with its trained weights, folded or not; it is folded, and its weights are rounded, in place.
+    training_size: of HR crops, 0 if it is not known. facts: free-form, kept in the manifest.
+    Raises: ExportError if the name does not do for files, a graph differs from PyTorch, or `out` exists or cannot be
+    written.
+    """
+    refuse_existing(out)
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", stage):
+        raise ExportError(f"stage {stage!r}: expected a name of letters, digits, . _ -")
+    source = Source(stage, training_size, lambda: (network, facts))
+    return _write_bundle([source], out, options, scale=choose_scale(network.scales, options.scale), report=report)
+
+
+def refuse_existing(out: Path) -> None:
+    """Raise ExportError if a bundle would overwrite something."""
+    if out.exists():
+        raise ExportError(f"{out}: exists already; choose another name or remove it")
+
+
+def choose_scale(scales: Sequence[int], scale: int | None) -> int:
+    """Give the scale to export.
+
+    Raises: ExportError if it is not one of the network's, or None and there are several.
+    """
+    if scale is None and len(scales) == 1:
+        return scales[0]
+    if scale is None or scale not in scales:
+        raise ExportError(f"--scale: the network was trained for {', '.join(map(str, scales))}, not {scale}")
+    return scale
+
+
+def _write_bundle(sources: Sequence[Source], out: Path, options: Options, *, scale: int, report: Report) -> Manifest:
+    """Export stages into a folder beside `out`, which gets its name when it is whole."""
+    if options.int8 is not None:
+        int8.find_photographs(options.int8)  # a wrong folder is told before anything is loaded
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
         temporary.mkdir(parents=True)
         stages: list[Stage] = []
         facts: dict[str, Any] = {}
-        for config in done:
-            stage, facts = _export_stage(run, recipe, config, scale, temporary, options, report)
-            stages.append(stage)
+        for source in sources:
+            report(f"stage {source.name}: loading")
+            network, facts = source.load()
+            stages.append(_export_stage(source, network, temporary, options, scale=scale, report=report))
         training = facts | ({"figures": options.figures} if options.figures else {})
         manifest = Manifest(
             format=FORMAT, version=VERSION, name=out.name, scale=scale, channels=3,
@@ -96,17 +185,8 @@ def export_run(
     return manifest
 
 
-def _choose_scale(recipe: Recipe, scale: int | None) -> int:
-    scales = recipe.model.scales
-    if scale is None and len(scales) == 1:
-        return scales[0]
-    if scale not in scales:
-        raise ExportError(f"--scale: the network was trained for {', '.join(map(str, scales))}, not {scale}")
-    return scale
-
-
-def _load_network(run: Path, recipe: Recipe, stage: str, *, incomplete: bool) -> tuple[Network, dict[str, Any]]:
-    """Build the stage's network with its trained weights, folded and rounded as they are deployed."""
+def _load_stage(run: Path, recipe: Recipe, stage: str, incomplete: bool) -> tuple[Network, dict[str, Any]]:
+    """Build a stage's network with its trained weights."""
     try:
         checkpoint = load_checkpoint(stage_folder(run, stage))
         with quiet("train.feature_nets"):  # its weights are random for a moment only
@@ -116,117 +196,165 @@ def _load_network(run: Path, recipe: Recipe, stage: str, *, incomplete: bool) ->
         raise ExportError(f"{run}, stage {stage}: {exc}") from exc
     if not (checkpoint.facts.get("complete", True) or incomplete):
         raise ExportError(f"{run}, stage {stage}: stopped by --max-steps; finish it, or export it with --incomplete")
-    network.eval()
-    with torch.no_grad():
-        network.fold()
-    round_weights(network)
     return network, checkpoint.facts
 
 
+def _deploy(network: Network) -> None:
+    """Fold and round a network to what is deployed, in place; one that is folded already is only rounded."""
+    network.eval()
+    if any(parametrize.is_parametrized(module) or isinstance(module, nn.BatchNorm2d) for module in network.modules()):
+        with torch.no_grad():
+            network.fold()
+    round_weights(network)
+
+
 def _export_stage(
-    run: Path,
-    recipe: Recipe,
-    config: StageConfig,
-    scale: int,
-    folder: Path,
-    options: Options,
-    report: Callable[[str], None],
-) -> tuple[Stage, dict[str, Any]]:
-    report(f"stage {config.name}: tracing")
-    network, facts = _load_network(run, recipe, config.name, incomplete=options.incomplete)
-    stride = network.stride(scale)
-    weights = WeightsFile.write(folder / f"{config.name}.weights", network)
-    kinds = [("fp32", "uint8"), ("fp32", "float32")] + ([("fp16", "uint8")] if options.fp16 else [])
-    graphs, activations = [], 0
-    for precision, ends in kinds:
-        source = in_half(network) if precision == "fp16" else network
-        model = trace(source, scale=scale, ends=ends, weights=weights)
-        name = f"{config.name}.{precision}.{ends}.onnx"
-        onnx.save(model, folder / name)
-        onnx.checker.check_model(str(folder / name))
-        graphs.append(Graph(hash_file(folder / name), precision, ends))
-        if (precision, ends) == ("fp32", "uint8"):
-            activations = verify.activation_bytes(model, window=8 * stride)
+    source: Source, network: Network, folder: Path, options: Options, *, scale: int, report: Report
+) -> Stage:
+    _deploy(network)
+    references = []
+    for name, picture in read_pictures(options.pictures, largest=256):
+        padded = on_grid(picture, network.stride(scale))
+        references.append((name, padded, verify.run_torch(network, padded[None], scale=scale)[0]))
+    work = _Work(source.name, network, references, folder, scale, options, report)
+    report(f"stage {work.name}: tracing")
+    weights = WeightsFile.write(folder / f"{work.name}.weights", network)
+    graphs = [_trace(work, network, weights, precision="fp32", ends=ends) for ends in ("uint8", "float32")]
+    rows = []
+    if options.fp16:
+        half, islands, row = _halve(work)
+        rows.append(row)
+        graphs.append(_trace(work, half, weights, precision="fp16", ends="uint8", islands=islands))
+    if options.int8 is not None:
+        graphs.append(_quantise(work, options.int8, source=graphs[0]))
+    model = onnx.load(folder / graphs[0].file.name, load_external_data=False)
     draft = Stage(
-        name=config.name, training_size=config.size, opset=OPSET, stride=stride, activation_bytes=activations,
+        name=work.name, training_size=source.training_size, opset=OPSET, stride=work.stride,
+        activation_bytes=verify.activation_bytes(model, window=8 * work.stride),
         weights=hash_file(folder / weights.name), graphs=tuple(graphs), halo=(HaloRow(0, 0.0),), parity=(),
     )  # fmt: skip
-    parity = _check_parity(network, draft, folder, scale, options, report)
-    report(f"stage {config.name}: measuring the halo")
-    backend = open_backend("onnxruntime", Request(folder, draft, scale, "uint8", "cpu", "fp32"))
-    pictures = [picture for _, picture in read_pictures(options.pictures, largest=verify.MAX_SIDE)]
-    halo = verify.measure_halo(backend.run, pictures, stride=stride, scale=scale)
-    backend.close()
-    stage = replace(draft, halo=halo, parity=parity)
-    report(f"stage {config.name}: exact with {stage.context(error=1)} px of context")
-    return stage, facts
+    rows += _check_engines(work, draft)
+    report(f"stage {work.name}: measuring the halo")
+    with closing(open_backend("onnxruntime", Request(folder, draft, scale, "uint8", "cpu", "fp32"))) as backend:
+        pictures = [picture for _, picture in read_pictures(options.pictures, largest=verify.MAX_SIDE)]
+        halo = verify.measure_halo(backend.run, pictures, stride=work.stride, scale=scale)
+    stage = replace(draft, halo=halo, parity=tuple(rows))
+    report(f"stage {work.name}: exact with {stage.context(error=1)} px of context")
+    return stage
 
 
-def _check_parity(
-    network: Network, stage: Stage, folder: Path, scale: int, options: Options, report: Callable[[str], None]
-) -> tuple[Parity, ...]:
+def _trace(
+    work: _Work, network: Network, weights: WeightsFile, *, precision: str, ends: str, islands: tuple[str, ...] = ()
+) -> Graph:
+    path = work.folder / f"{work.name}.{precision}.{ends}.onnx"
+    onnx.save(trace(network, scale=work.scale, ends=ends, weights=weights), path)
+    onnx.checker.check_model(str(path))
+    return Graph(hash_file(path), precision, ends, islands)
+
+
+def _halve(work: _Work) -> tuple[Network, tuple[str, ...], Parity]:
+    """Make the network that computes in fp16, with islands in fp32 where it must have them, and hold it against fp32.
+
+    Engines on a CPU compute an fp16 graph in fp32; PyTorch really rounds every activation, and the graph is traced
+    from this very network.
+    """
+
+    def run(network: Network) -> Callable[[np.ndarray], np.ndarray]:
+        return functools.partial(verify.run_torch, network, scale=work.scale)
+
+    def quality(network: Network) -> float:
+        return min(compare(run(network)(picture[None])[0], result).psnr_db for _, picture, result in work.references)
+
+    def check(network: Network) -> Difference:
+        return check_parity(run(network), work.references, precision="fp16", where=f"stage {work.name} in PyTorch")
+
+    islands: tuple[str, ...] = ()
+    half = in_half(work.network)
+    try:
+        worst = check(half)
+    except ExportError as exc:
+        work.report(f"{exc}; looking for the modules that must stay in fp32")
+        islands = find_islands(work.network, quality, limit=MIN_PSNR_DB["fp16"])
+        work.report(f"stage {work.name}: in fp32 inside the fp16 graph: {', '.join(islands)}")
+        half = in_half(work.network, islands)
+        worst = check(half)
+    return half, islands, _tell_parity(work, f"torch {torch.__version__}", "fp16", worst)
+
+
+def _quantise(work: _Work, photographs: Path, *, source: Graph) -> Graph:
+    """Write the INT8 graph of the stage's fp32 graph."""
+    work.report(f"stage {work.name}: calibrating int8")
+    run = functools.partial(verify.run_torch, work.network, scale=work.scale)
+    target = work.folder / f"{work.name}.int8.uint8.onnx"
+    islands, quality = int8.quantise(
+        work.folder / source.file.name,
+        target,
+        windows=int8.read_calibration(photographs, scale=work.scale, stride=work.stride),
+        yardstick=int8.Yardstick(run, work.references, scale=work.scale, stride=work.stride),
+    )
+    work.report(f"stage {work.name}: int8: {quality}; convolutions left in float: {', '.join(islands) or 'none'}")
+    return Graph(hash_file(target), "int8", "uint8", islands)
+
+
+def _check_engines(work: _Work, stage: Stage) -> list[Parity]:
     """Check every graph against PyTorch fp32, on every engine that this machine's CPU has.
 
     A bf16 result below its bar is left out of the table, and the runtime stays with fp32.
     """
-    references = []
-    for name, picture in read_pictures(options.pictures, largest=256):
-        padded = on_grid(picture, stage.stride)
-        references.append((name, padded, verify.run_torch(network, padded[None], scale=scale)[0]))
     rows: list[Parity] = []
-
-    def check(engine: str, precision: str, run: Callable[[np.ndarray], np.ndarray]) -> None:
-        where = f"stage {stage.name} on {engine}"
-        worst = check_parity(run, references, precision=precision, where=where)
-        rows.append(Parity(engine, precision, round(min(worst.psnr_db, 999.0), 2), float(worst.max_error)))
-        report(f"{where}, {precision}: {worst.psnr_db:.1f} dB, at most {worst.max_error} from PyTorch fp32")
-
-    if options.fp16:
-        # Engines on a CPU compute an fp16 graph in fp32; PyTorch really rounds every activation. The graph itself
-        # is traced from this very network.
-        half = in_half(network)
-        check(f"torch {torch.__version__}", "fp16", lambda batch: verify.run_torch(half, batch, scale=scale))
-        _check_half_graph(stage, folder, references)
-    for engine, precision in ENGINES:
+    if work.options.fp16:
+        _check_half_graph(work, stage)
+    for engine, precision in ENGINES + (INT8_ENGINES if work.options.int8 else ()):
         try:
-            backend = open_backend(engine, Request(folder, stage, scale, "uint8", "cpu", precision))
+            # The warning that ONNX Runtime is slow in int8 is for those who use it.
+            with quiet("sdk.backends.onnxruntime"):
+                backend = open_backend(engine, Request(work.folder, stage, work.scale, "uint8", "cpu", precision))
         except BackendUnavailable as exc:
-            report(f"stage {stage.name}: {engine} {precision} not checked: {exc}")
+            work.report(f"stage {stage.name}: {engine} {precision} not checked: {exc}")
             continue
-        try:
-            check(backend.engine, precision, backend.run)
-        except ExportError as exc:
-            if precision != "bf16":
-                raise
-            report(f"{exc}; bf16 will not be used")
-        finally:
-            backend.close()
+        with closing(backend):
+            try:
+                where = f"stage {stage.name} on {backend.engine}"
+                worst = check_parity(backend.run, work.references, precision=precision, where=where)
+            except ExportError as exc:
+                if precision != "bf16":
+                    raise
+                work.report(f"{exc}; bf16 will not be used")
+                continue
+            rows.append(_tell_parity(work, backend.engine, precision, worst))
         if precision == "fp32":
-            _check_float_graph(network, stage, folder, engine, pictures=[item[1] for item in references], scale=scale)
+            _check_float_graph(work, stage, engine)
     if not any(row.precision == "fp32" for row in rows):
         raise ExportError("no engine to check the export with: pip install 'sr-sdk[cpu]'")
-    return tuple(rows)
+    return rows
 
 
-def _check_half_graph(stage: Stage, folder: Path, references: Sequence[tuple[str, np.ndarray, np.ndarray]]) -> None:
+def _tell_parity(work: _Work, engine: str, precision: str, worst: Difference) -> Parity:
+    """Report a comparison, and give its row of the manifest."""
+    where = f"stage {work.name} on {engine}, {precision}"
+    work.report(f"{where}: {worst.psnr_db:.1f} dB, at most {worst.max_error} from PyTorch fp32")
+    return Parity(engine, precision, round(min(worst.psnr_db, 999.0), 2), float(worst.max_error))
+
+
+def _check_half_graph(work: _Work, stage: Stage) -> None:
     """Run the fp16 graph where its arithmetic is fp32: shows that the graph is right, not how fp16 rounds."""
     try:
         import onnxruntime
     except ImportError:  # the export is refused further on if no other engine can check it
         return
-    graph = folder / stage.graph(precision="fp16", ends="uint8").file.name
+    graph = work.folder / stage.graph(precision="fp16", ends="uint8").file.name
     with closing(OnnxRuntimeBackend(onnxruntime, str(graph), precision="fp16")) as backend:
-        check_parity(backend.run, references, precision="fp16", where=f"stage {stage.name}, graph {graph.name}")
+        check_parity(backend.run, work.references, precision="fp16", where=f"stage {stage.name}, graph {graph.name}")
 
 
-def _check_float_graph(
-    network: Network, stage: Stage, folder: Path, engine: str, *, pictures: list[np.ndarray], scale: int
-) -> None:
+def _check_float_graph(work: _Work, stage: Stage, engine: str) -> None:
     """Hold the graph of 16-bit and float pictures against PyTorch: a quarter of an 8-bit code value."""
-    with closing(open_backend(engine, Request(folder, stage, scale, "float32", "cpu", "fp32"))) as backend:
-        for picture in pictures:
+    request = Request(work.folder, stage, work.scale, "float32", "cpu", "fp32")
+    with closing(open_backend(engine, request)) as backend:
+        for _, picture, _ in work.references:
             batch = picture[None].astype(np.float32) / np.float32(255)
-            error = float(np.abs(backend.run(batch) - verify.run_torch(network, batch, scale=scale)).max())
+            expected = verify.run_torch(work.network, batch, scale=work.scale)
+            error = float(np.abs(backend.run(batch) - expected).max())
             if not error <= MAX_FLOAT_ERROR:
                 raise ExportError(
                     f"stage {stage.name} on {engine}: the float graph differs from PyTorch by {error:.2g} of 1, "

@@ -25,6 +25,8 @@ MAX_NAME, MAX_TOLD = 100, 300  # characters of a name, and of what a message rep
 # What Windows takes for a device, whatever the suffix.
 DEVICES = {"con", "prn", "aux", "nul", *(f"{kind}{n}" for kind in ("com", "lpt") for n in range(10))}
 MODELS_DIR = Path(__file__).parent / "models"
+# Precision of a graph -> the option of sr-export that writes it.
+EXPORT_OPTIONS = {"fp32": "", "fp16": " with --fp16", "int8": " with --int8 CALIB_DIR"}
 DEFAULT_MODEL = "fast-x2"
 
 
@@ -41,13 +43,15 @@ class File:
 class Graph:
     """One ONNX graph of a stage.
 
-    precision: "fp32" or "fp16", of the arithmetic inside.
+    precision: "fp32", "fp16" or "int8", of the arithmetic inside.
     ends: "uint8" (0-255) or "float32" (0-1), of input and output.
+    islands: names of the network's modules that compute in fp32 all the same; int8 graphs quantise convolutions only.
     """
 
     file: File
     precision: str
     ends: str
+    islands: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -99,10 +103,17 @@ class Stage:
         for graph in self.graphs:
             if (graph.precision, graph.ends) == (precision, ends):
                 return graph
+        raise BundleError(self.lack_of(precision=precision, ends=ends))
+
+    def has_graph(self, *, precision: str, ends: str) -> bool:
+        """Tell whether the bundle has a graph."""
+        return any((graph.precision, graph.ends) == (precision, ends) for graph in self.graphs)
+
+    def lack_of(self, *, precision: str, ends: str) -> str:
+        """Word the message about a graph that is not there: what is, and the option that makes it."""
         have = ", ".join(f"{graph.precision}/{graph.ends}" for graph in self.graphs)
-        raise BundleError(
-            f"stage {self.name} has no {precision} graph with {ends} ends (it has {have}); export it again"
-        )
+        option = EXPORT_OPTIONS.get(precision, "")
+        return f"stage {self.name} has no {precision} graph with {ends} ends (it has {have}); export it again{option}"
 
     def context(self, *, error: float) -> int:
         """Give the smallest measured context whose error is at most `error` code values.
@@ -307,8 +318,14 @@ def _check_manifest(manifest: Manifest, where: str) -> None:
         for file in stage.files():
             require(_is_bare(file.name), f"file name {file.name[:MAX_NAME]!r} is not a bare name inside the bundle")
         for graph in stage.graphs:
-            require(graph.precision in ("fp32", "fp16"), f"{graph.file.name}: precision {graph.precision!r}")
+            require(graph.precision in EXPORT_OPTIONS, f"{graph.file.name}: precision {graph.precision!r}")
             require(graph.ends in ("uint8", "float32"), f"{graph.file.name}: ends {graph.ends!r}")
+            require(graph.precision != "fp32" or not graph.islands, f"{graph.file.name}: islands in an fp32 graph")
+            for name in graph.islands:
+                require(
+                    0 < len(name) <= MAX_NAME and name.isprintable(),
+                    f"{graph.file.name}: island {name[:MAX_NAME]!r} is empty, too long or not printable",
+                )
     try:
         text = json.dumps(asdict(manifest), ensure_ascii=False)
     except RecursionError as exc:

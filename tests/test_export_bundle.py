@@ -16,14 +16,14 @@ import torch
 from click.testing import CliRunner
 
 from export import bundle_writer, parity, verify
-from export.bundle_writer import Options, export_run
+from export.bundle_writer import Options, export_network, export_run
 from export.cli import main
 from export.errors import ExportError
-from export.precision import round_weights
+from export.precision import find_islands, in_half, round_weights
 from export.to_onnx import IR_VERSION, OPSET, DeployGraph, WeightsFile, trace
 from sdk import Bundle, BundleError, Upscaler
 from train.checkpoint import Checkpoint, save_checkpoint, stage_folder
-from train.models import build_model
+from train.models import Network, build_model
 from train.recipe import recipe_from_dict
 from train.run_folder import write_run
 
@@ -193,6 +193,184 @@ def test_a_graph_that_differs_from_pytorch_is_not_exported(run, tmp_path, monkey
     with pytest.raises(ExportError, match="differs from PyTorch"):
         export_run(run, tmp_path / "out", Options())
     assert list(tmp_path.iterdir()) == []
+
+
+# fp16 with islands of fp32
+
+
+class Loud(torch.nn.Module):
+    """Two convolutions; what passes between them is `gain` times as large as what comes in and goes out."""
+
+    def __init__(self, channels: int, gain: float):
+        super().__init__()
+        self.gain = gain
+        self.conv1 = torch.nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv2 = torch.nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x):
+        return self.conv2(torch.relu(self.conv1(x)) * self.gain / self.gain)
+
+
+class Offset(torch.nn.Module):
+    """Adds what half precision has few digits beside, and takes it away again."""
+
+    def forward(self, x, *, offset: float):
+        return (x + offset) - offset
+
+
+class Trunk(torch.nn.Sequential):
+    """Residual parts that are called as one module."""
+
+    def forward(self, x):
+        for part in self:
+            x = x + part(x)
+        return x
+
+
+class LoudNetwork(Network):
+    """Gains and offset beyond fp16 where a test wants them; a trunk, or parts in a ModuleList, which is not called."""
+
+    scales = (2,)
+
+    def __init__(self, gains=(1.0, 1.0), offset=0.0, root_gain=1.0, trunk=False):
+        super().__init__()
+        torch.manual_seed(2)
+        self.head = torch.nn.Conv2d(3, 8, 3, padding=1)
+        parts = [Loud(8, gain) for gain in gains]
+        self.body = Trunk(*parts) if trunk else torch.nn.ModuleList(parts)
+        self.wide = torch.nn.Conv2d(8, 8, 7, padding=3)
+        self.offset, self.by = Offset(), offset
+        self.root_gain = root_gain
+        self.tail = torch.nn.Conv2d(8, 12, 3, padding=1)
+        self.shuffle = torch.nn.PixelShuffle(2)
+
+    def stride(self, scale):
+        return 4
+
+    def forward(self, lr, scale):
+        x = self.wide(self.head(lr)) * self.root_gain / self.root_gain
+        x = self.body(x) if isinstance(self.body, Trunk) else Trunk(*self.body)(x)
+        return self.shuffle(self.tail(self.offset(x, offset=self.by))) + 0.5
+
+
+def quality_of(network):
+    """Give the PSNR of a copy of the network against itself, on a small picture."""
+    picture = np.random.default_rng(0).integers(0, 256, (1, 16, 24, 3), dtype=np.uint8)
+    reference = verify.run_torch(network, picture, scale=2)[0]
+    return lambda candidate: parity.compare(verify.run_torch(candidate, picture, scale=2)[0], reference).psnr_db
+
+
+@pytest.mark.parametrize(
+    "faults,islands",
+    [
+        ({"gains": (1.0, 3e6)}, ("body.1",)),
+        ({"gains": (3e6, 1.0)}, ("body.0",)),
+        ({"gains": (3e6, 3e6)}, ("body.0", "body.1")),  # neither helps without the other
+        ({"offset": 3e3}, ("offset",)),  # nothing overflows: digits are lost
+        ({"offset": 3e3, "gains": (3e6, 1.0)}, ("body.0", "offset")),
+        ({"gains": (1.0, 3e6), "trunk": True}, ("body.1",)),  # not all of the trunk
+        ({"gains": (3e6, 1.0, 3e6), "trunk": True, "offset": 3e3}, ("body.0", "body.2", "offset")),
+    ],
+    ids=str,
+)
+def test_the_modules_that_need_fp32_are_found_and_only_they(faults, islands):
+    network = LoudNetwork(**faults)
+    quality = quality_of(network)
+    assert quality_of(LoudNetwork())(in_half(LoudNetwork())) >= 50
+    assert not quality(in_half(network)) >= 50
+    assert sorted(find_islands(network, quality, limit=50)) == list(islands)
+    assert quality(in_half(network, islands)) >= 50
+
+
+def test_a_value_too_large_between_two_modules_makes_an_island_of_both():
+    network = LoudNetwork()
+    network.body[1].conv1.weight.data *= 2e6
+    network.body[1].conv2.weight.data /= 2e6
+    assert find_islands(network, quality_of(network), limit=50) == ("body.1",)
+
+
+def test_many_small_costs_are_paid_where_they_are_largest():
+    network = LoudNetwork(gains=(1.0, 1.0), offset=40.0)
+    quality = quality_of(network)
+    reached = quality(in_half(network))
+    (island,) = find_islands(network, quality, limit=reached + 3)
+    assert island == "offset"
+
+
+def test_a_network_that_needs_fp32_itself_is_refused():
+    network = LoudNetwork(root_gain=3e6)
+    with pytest.raises(ExportError, match="the whole network would have to stay in fp32"):
+        find_islands(network, quality_of(network), limit=50)
+
+
+def test_islands_of_most_weights_are_refused():
+    network = LoudNetwork(gains=(3e6,) * 6)
+    with pytest.raises(ExportError, match=r"body\.0, .*would have to stay in fp32.*without --fp16"):
+        find_islands(network, quality_of(network), limit=50)
+
+
+def test_an_island_goes_into_the_graph_and_the_manifest(tmp_path):
+    network, lines = LoudNetwork(gains=(1.0, 3e6)), []
+    export_network(
+        network, tmp_path / "b", Options(fp16=True), stage="main", training_size=32, facts={}, report=lines.append
+    )
+    bundle = Bundle.load(tmp_path / "b")
+    stage = bundle.stage()
+    assert [graph.islands for graph in stage.graphs] == [(), (), ("body.1",)]
+    assert "fp32 inside the fp16 graph: body.1" in "\n".join(lines)
+    assert min(row.psnr_db for row in stage.parity if row.precision == "fp16") >= 50
+    path = bundle.folder / stage.graph(precision="fp16", ends="uint8").file.name
+    model = onnx.shape_inference.infer_shapes(onnx.load(path))
+    types = {value.name: value.type.tensor_type.elem_type for value in model.graph.value_info}
+    full = {
+        node.input[1]
+        for node in model.graph.node
+        if node.op_type == "Conv" and types[node.output[0]] == onnx.TensorProto.FLOAT
+    }
+    assert full == {"network.body.1.conv1.weight", "network.body.1.conv2.weight"}
+
+
+def test_a_network_without_need_has_no_islands(bundle):
+    assert all(graph.islands == () for stage in bundle.manifest.stages for graph in stage.graphs)
+
+
+class NormedNetwork(LoudNetwork):
+    """With a weight norm and a batch norm, which can be folded away once."""
+
+    def __init__(self):
+        super().__init__()
+        self.tail = torch.nn.utils.parametrizations.weight_norm(self.tail)
+        self.wide = torch.nn.Sequential(self.wide, torch.nn.BatchNorm2d(8))
+        self.wide[1].running_mean.fill_(0.1)
+
+    def fold(self):
+        super().fold()
+        self.wide = torch.nn.utils.fuse_conv_bn_eval(*self.wide)
+
+
+def test_a_network_of_no_run_is_exported(tmp_path):
+    network = NormedNetwork().eval()
+    picture = np.random.default_rng(0).integers(0, 256, (16, 24, 3), dtype=np.uint8)
+    expected = verify.run_torch(network, picture[None], scale=2)[0]
+    manifest = export_network(network, tmp_path / "b", Options(), stage="a", training_size=0, facts={"by": "hand"})
+    assert manifest.training == {"by": "hand"} and [stage.name for stage in manifest.stages] == ["a"]
+    with Upscaler(tmp_path / "b", backend="onnxruntime") as upscaler:
+        assert parity.compare(upscaler.upscale(picture), expected).max_error <= 1
+
+
+def test_a_folded_network_is_not_folded_again():
+    network = NormedNetwork()
+    bundle_writer._deploy(network)
+    state = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    bundle_writer._deploy(network)
+    assert state.keys() == network.state_dict().keys()
+    assert all(torch.equal(tensor, network.state_dict()[name]) for name, tensor in state.items())
+
+
+@pytest.mark.parametrize("stage", ["", "../up", "a/b", ".hidden"])
+def test_a_stage_whose_name_is_no_file_name_is_refused(tmp_path, stage):
+    with pytest.raises(ExportError, match="letters, digits"):
+        export_network(LoudNetwork(), tmp_path / "b", Options(), stage=stage, training_size=0, facts={})
 
 
 def test_weights_beyond_half_precision_are_refused():

@@ -43,7 +43,20 @@ SPECIMEN = """{
             "sha256": "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
           },
           "precision": "fp32",
-          "ends": "uint8"
+          "ends": "uint8",
+          "islands": []
+        },
+        {
+          "file": {
+            "name": "64.fp16.uint8.onnx",
+            "bytes": 0,
+            "sha256": "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+          },
+          "precision": "fp16",
+          "ends": "uint8",
+          "islands": [
+            "body.3"
+          ]
         }
       ],
       "halo": [
@@ -89,6 +102,12 @@ SPECIMEN_MANIFEST = Manifest(
                     ),
                     "fp32", "uint8",
                 ),
+                Graph(
+                    File(
+                        "64.fp16.uint8.onnx", 0, "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+                    ),
+                    "fp16", "uint8", ("body.3",),
+                ),
             ),
             halo=(HaloRow(0, 81.0), HaloRow(16, 0.5)),
             parity=(Parity("openvino 2025.1", "bf16", 54.25, 2.0),),
@@ -109,7 +128,8 @@ def specimen(tmp_path: Path) -> Path:
     """A folder with the specimen's files, which holds no real graph."""
     write(tmp_path)
     (tmp_path / "64.weights").write_bytes(bytes([1, 2, 3]))
-    (tmp_path / "64.fp32.uint8.onnx").touch()
+    for precision in ("fp32", "fp16"):
+        (tmp_path / f"64.{precision}.uint8.onnx").touch()
     return tmp_path
 
 
@@ -200,7 +220,7 @@ def test_unknown_fields_are_refused_everywhere(tmp_path: Path) -> None:
             target["surprise"] = 1
             assert "surprise" in refused(write(tmp_path, json.dumps(values)))
             seen += 1
-    assert seen == 8
+    assert seen == 10
 
 
 @pytest.mark.parametrize(
@@ -214,7 +234,10 @@ def test_unknown_fields_are_refused_everywhere(tmp_path: Path) -> None:
         (("stages", 0, "halo", 1, "context"), 12), (("stages", 0, "halo", 1, "context"), 0),
         (("stages", 0, "halo", 1, "context"), -8), (("stages", 0, "halo", 1, "context"), 8 << 20),
         (("stages", 0, "halo", 1, "error"), -1), (("stages", 0, "halo", 1, "error"), 10**400),
-        (("stages", 0, "graphs", 0, "precision"), "int8"), (("stages", 0, "graphs", 0, "ends"), "float16"),
+        (("stages", 0, "graphs", 0, "precision"), "int4"), (("stages", 0, "graphs", 0, "ends"), "float16"),
+        (("stages", 0, "graphs", 0, "islands"), ["head"]), (("stages", 0, "graphs", 1, "islands"), [""]),
+        (("stages", 0, "graphs", 1, "islands"), ["x" * 101]), (("stages", 0, "graphs", 1, "islands"), ["\x1b[2J"]),
+        (("stages", 0, "graphs", 1, "islands"), [7]), (("stages", 0, "graphs", 1, "islands"), ["a", None]),
     ],
     ids=str,
 )  # fmt: skip
@@ -352,8 +375,9 @@ def test_context_and_graph_are_found() -> None:
     with pytest.raises(BundleError, match=r"best 0\.5"):
         stage.context(error=0.1)
     assert stage.graph(precision="fp32", ends="uint8").file.name == "64.fp32.uint8.onnx"
-    with pytest.raises(BundleError, match="fp32/uint8"):
-        stage.graph(precision="fp16", ends="uint8")
+    assert stage.has_graph(precision="fp16", ends="uint8") and not stage.has_graph(precision="fp16", ends="float32")
+    with pytest.raises(BundleError, match=r"fp32/uint8, fp16/uint8.*with --int8 CALIB_DIR$"):
+        stage.graph(precision="int8", ends="uint8")
 
 
 @pytest.mark.parametrize("name", bundle.shipped_models() or [

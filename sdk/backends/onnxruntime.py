@@ -38,9 +38,15 @@ def open_backend(request: Request) -> Backend:
             return _open_cuda(onnxruntime, replace(request, device="cuda:0"))
         except BackendUnavailable as exc:
             LOG.warning("onnxruntime runs on the CPU: %s", exc)
-    if request.precision not in ("auto", "fp32"):  # its CPU provider computes fp16 graphs in fp32
-        raise BackendUnavailable(f"onnxruntime does not compute in {request.precision} on the CPU")
-    return OnnxRuntimeBackend(onnxruntime, _graph(request, "fp32"), precision="fp32")
+    precision = "fp32" if request.precision == "auto" else request.precision
+    if precision not in ("fp32", "int8"):  # its CPU provider computes fp16 graphs in fp32
+        raise BackendUnavailable(f"onnxruntime does not compute in {precision} on the CPU")
+    if precision == "int8":
+        if not request.stage.has_graph(precision=precision, ends=request.ends):
+            raise BackendUnavailable(request.stage.lack_of(precision=precision, ends=request.ends))
+        # It has 8-bit convolutions only with 8-bit results, which would cost precision on every other engine too.
+        LOG.warning("onnxruntime's CPU provider multiplies 8-bit values in fp32, slower than fp32: OpenVINO is faster")
+    return OnnxRuntimeBackend(onnxruntime, _graph(request, precision), precision=precision)
 
 
 def _open_cuda(onnxruntime: Any, request: Request) -> Backend:
@@ -48,10 +54,9 @@ def _open_cuda(onnxruntime: Any, request: Request) -> Backend:
 
     precision = request.precision
     if precision == "auto":
-        has_fp16 = any((graph.precision, graph.ends) == ("fp16", request.ends) for graph in request.stage.graphs)
-        precision = "fp16" if has_fp16 else "fp32"
-    if precision == "bf16":
-        raise BackendUnavailable("onnxruntime does not compute in bf16 on CUDA")
+        precision = "fp16" if request.stage.has_graph(precision="fp16", ends=request.ends) else "fp32"
+    if precision in ("bf16", "int8"):
+        raise BackendUnavailable(f"onnxruntime does not compute in {precision} on CUDA")
     device = open_device(int(request.device.removeprefix("cuda:")))
     return OnnxRuntimeCudaBackend(
         onnxruntime, device, _graph(request, precision), scale=request.scale, precision=precision

@@ -24,7 +24,7 @@ LOG = logging.getLogger(__name__)
 MIN_BF16_PSNR_DB = 45.0
 KEPT_SHAPES = 3  # that stay compiled: each holds some 13 MB, and the buffers of its requests
 CACHE_BYTES = 512 << 20  # of compiled models on disk
-HINTS = {"fp32": "f32", "bf16": "bf16"}
+HINTS = {"fp32": "f32", "bf16": "bf16", "int8": "f32"}  # of int8 graphs: what they leave in floating point
 
 
 def cache_dir() -> Path:
@@ -50,8 +50,8 @@ def prune_cache(folder: Path) -> None:
 def open_backend(request: Request) -> OpenVinoBackend:
     """Open a graph on the CPU.
 
-    precision "auto" is bf16 where the processor multiplies it and the bundle's parity table allows it; the float
-    graph always runs in fp32.
+    precision "auto" is bf16 where the processor multiplies it and the bundle's parity table allows it, never int8; the
+    float graph always runs in fp32.
     Raises: BackendUnavailable if OpenVINO, the device or the precision is not there; BackendError in the child of a
     process that used OpenVINO before the fork.
     """
@@ -78,7 +78,10 @@ def open_backend(request: Request) -> OpenVinoBackend:
         precision = "bf16" if has_bf16 and trusted and request.ends == "uint8" else "fp32"
     if precision not in HINTS or (precision == "bf16" and not has_bf16):
         raise BackendUnavailable(f"openvino does not run {precision} on this processor: use fp32")
-    graph = request.folder / request.stage.graph(precision="fp32", ends=request.ends).file.name
+    arithmetic = "int8" if precision == "int8" else "fp32"  # bf16 is made of the fp32 graph
+    if arithmetic == "int8" and not request.stage.has_graph(precision="int8", ends=request.ends):
+        raise BackendUnavailable(request.stage.lack_of(precision="int8", ends=request.ends))
+    graph = request.folder / request.stage.graph(precision=arithmetic, ends=request.ends).file.name
     return OpenVinoBackend(openvino, core, graph, precision=precision)
 
 
@@ -99,7 +102,8 @@ class OpenVinoBackend(HostBackend):
     """Runs any shape at once, and compiles the graph for shapes that come often (tiles, video frames).
 
     A static shape runs up to a quarter faster, and compiling it takes as long as that saves in some three runs. The
-    pixels are the same both ways.
+    pixels are the same both ways, but in int8: there OpenVINO 2026.4 gives wrong ones for shapes that are free, of
+    convolutions without a bias, and every shape is compiled.
     """
 
     name = "openvino"
@@ -148,7 +152,7 @@ class OpenVinoBackend(HostBackend):
     def _requests(self, shape: tuple[int, ...]) -> _Requests:
         """Choose what runs a batch: the graph compiled for its shape, or the one for any."""
         with self._lock:
-            if self._recurring.comes(shape) or shape in self._shapes:
+            if self._recurring.comes(shape) or shape in self._shapes or self.precision == "int8":
                 return self._compiled(shape)
             self._refuse_if_closed()
             self._any_shape = self._any_shape or self._compile(None)

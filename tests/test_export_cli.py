@@ -1,0 +1,62 @@
+"""sr-export as a shell would call it: what serves a bundle. Exporting itself is in test_export_bundle and its like."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from export.cli import main
+
+pytest.importorskip("onnxruntime")
+
+
+def run(*arguments: str, code: int = 0) -> Result:
+    result = CliRunner().invoke(main, list(arguments))
+    assert result.exit_code == code, result.output
+    return result
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["runs/mine"],
+        ["--out", "bundle"],
+        ["runs/mine", "--onnx", "model.onnx", "--out", "bundle"],
+        ["--onnx", "model.onnx", "--triton", "repository"],
+        ["runs/mine", "--out", "bundle", "--level", "9"],
+    ],
+    ids=" ".join,
+)
+def test_usage(arguments: list[str]) -> None:
+    output = run(*arguments, code=2).output
+    assert "Usage:" in output and "Traceback" not in output
+
+
+def test_engines_that_are_asked_for_are_needed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    for arguments in (["--tensorrt"], ["--engine-dir", str(tmp_path / "engines")]):
+        output = run("fast-x2", *arguments, code=1).output
+        assert "Error: tensorrt is not installed: pip install 'sr-sdk[tensorrt]'" in output
+
+
+def test_a_bundle_that_is_not_there() -> None:
+    assert "Error: model 'nowhere'" in run("nowhere", "--tensorrt", code=1).output
+
+
+def test_a_triton_repository_of_a_shipped_model(tmp_path: Path) -> None:
+    output = run("fast-x2", "--triton", str(tmp_path / "repository")).output
+    assert "Triton models fast-x2-96, fast-x2-192" in output
+    assert (tmp_path / "repository" / "fast-x2-192" / "config.pbtxt").is_file()
+
+
+@pytest.mark.parametrize(
+    "option", ["--fp16", "--int8=pictures", "--arch=fast", "--set=model.channels=8", "--incomplete"]
+)
+def test_somebody_elses_graph_takes_no_options_of_ours(tmp_path: Path, option: str) -> None:
+    (tmp_path / "model.onnx").write_bytes(b"")
+    output = run("--onnx", str(tmp_path / "model.onnx"), "--out", str(tmp_path / "out"), option, code=1).output
+    assert "--onnx goes with" in output
