@@ -31,13 +31,12 @@ from train.run_folder import load_run
 
 from . import int8, verify
 from .errors import ExportError
-from .parity import MIN_PSNR_DB, Difference, check_parity, compare, on_grid, read_pictures
+from .parity import MAX_FLOAT_ERROR, MIN_PSNR_DB, Difference, check_parity, compare, on_grid, read_pictures
 from .precision import find_islands, in_half, round_weights
 from .to_onnx import OPSET, WeightsFile, quiet, trace
 
 ENGINES = (("onnxruntime", "fp32"), ("openvino", "fp32"), ("openvino", "bf16"))
 INT8_ENGINES = (("onnxruntime", "int8"), ("openvino", "int8"))
-MAX_FLOAT_ERROR = 0.25 / 255
 NOTICE = (
     "This model invents detail that looks plausible but was not in the picture. "
     "Do not read evidence, identities, text or measurements from what it adds."

@@ -14,6 +14,7 @@ from sdk import tiling
 from .errors import ExportError
 
 PICTURES = Path(__file__).parent / "pictures"
+MAX_FLOAT_ERROR = 0.25 / 255  # of float pictures, a quarter of a code value
 MAX_FP32_ERROR = 1  # code values against the reference
 MIN_PSNR_DB = {"fp16": 50.0, "bf16": 45.0, "int8": 38.0}
 

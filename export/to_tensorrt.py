@@ -13,12 +13,13 @@ from pathlib import Path
 
 import numpy as np
 
-from sdk.backends import Request
+from sdk.backends import Backend, Request
 from sdk.backends.tensorrt import open_backend, open_reference
 from sdk.backends.tensorrt_builder import BuildOptions
 from sdk.bundle import Bundle, Graph, Stage
 
 from . import parity
+from .errors import ExportError
 
 LARGEST_TILE = 256
 
@@ -85,17 +86,31 @@ def _build(
     with closing(open_backend(request, replace(options, progress=progress))) as backend:
         seconds = time.monotonic() - start
         report(f"{where}: {backend.engine} on {backend.device}, ready after {seconds:.1f} s")
-        worst, reference = None, ""
-        if request.ends == "uint8":
-            with closing(open_reference(request)) as full:
-                reference = f"{full.engine} on {full.device}"
+        with closing(open_reference(request, replace(options, rebuild=False))) as full:
+            reference = f"{full.engine} on {full.device}"
+            if request.ends == "float32":
+                _check_float(backend, full, tiles, where=f"stage {request.stage.name} on {backend.engine}")
+                worst = None
+            else:
                 pairs = [(name, tile, full.run(tile[None])[0]) for name, tile in tiles]
-            worst = parity.check_parity(
-                backend.run,
-                pairs,
-                precision=request.precision,
-                where=f"stage {request.stage.name} on {backend.engine}",
-                of=reference,
-            )
-            report(f"{where}: {worst.psnr_db:.1f} dB, at most {worst.max_error} code values from {reference}")
+                worst = parity.check_parity(
+                    backend.run,
+                    pairs,
+                    precision=request.precision,
+                    where=f"stage {request.stage.name} on {backend.engine}",
+                    of=reference,
+                )
+                report(f"{where}: {worst.psnr_db:.1f} dB, at most {worst.max_error} code values from {reference}")
     return Engine(request.stage.name, request.precision, request.ends, seconds, worst, reference)
+
+
+def _check_float(backend: Backend, full: Backend, tiles: Sequence[tuple[str, np.ndarray]], *, where: str) -> None:
+    """Hold an engine for 16-bit and float pictures against the graph. Raises: ExportError."""
+    for name, tile in tiles:
+        batch = tile[None].astype(np.float32) / np.float32(255)
+        error = float(np.abs(backend.run(batch) - full.run(batch)).max())
+        if not error <= parity.MAX_FLOAT_ERROR:
+            raise ExportError(
+                f"{where}: the float graph differs from {full.engine} by {error:.2g} of 1 on {name}, "
+                f"at most {parity.MAX_FLOAT_ERROR:.2g} is allowed"
+            )

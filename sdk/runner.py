@@ -40,7 +40,7 @@ class Runner:
     ):
         self.stage, self.scale, self.overlap = request.stage, request.scale, overlap
         self._request = request
-        self._lock = threading.Lock()
+        self._lock, self._opening = threading.Lock(), threading.Lock()
         self._closed = False
         self._process = os.getpid()
         main = open_backend(backend, request)
@@ -67,14 +67,25 @@ class Runner:
                 "this Upscaler was made before a fork, and engines do not survive one: make it in the worker process "
                 "(gunicorn: post_fork; multiprocessing: in the worker's initializer)"
             )
+        if found := self._opened(ends):
+            return found
+        with self._opening:  # which may take minutes: only those wait who need that engine
+            if found := self._opened(ends):
+                return found
+            main = self.backends["uint8"]
+            made = open_backend(main.name, replace(self._request, ends=ends, device=main.device, precision="fp32"))
+            with self._lock:
+                if not self._closed:
+                    self.backends[ends] = made
+                    return made
+            made.close()
+            raise BackendError("this Upscaler is closed")
+
+    def _opened(self, ends: str) -> Backend | None:
         with self._lock:
             if self._closed:
                 raise BackendError("this Upscaler is closed")
-            if ends not in self.backends:
-                main = self.backends["uint8"]
-                request = replace(self._request, ends=ends, device=main.device, precision="fp32")
-                self.backends[ends] = open_backend(main.name, request)
-            return self.backends[ends]
+            return self.backends.get(ends)
 
     def close(self) -> None:
         """Free the engines; what is run later fails."""

@@ -67,6 +67,8 @@ class Machine:
     def call(self, name: str) -> None:
         if self.capturing not in (None, threading.get_ident()):
             self.fault(f"{name} while a graph is captured")
+        if name in ("cudaDeviceSynchronize", "Context.synchronize") and self.captures:
+            self.fault("a wait for the whole device while a stream of it is captured")
         if name in UNSAFE and any(thread == threading.get_ident() for thread, _ in self.captures.values()):
             self.fault(f"{name} while its own thread captures a graph")
 
@@ -219,6 +221,8 @@ def runtime(machine: Machine) -> Any:
             del machine.pinned[address]
 
         def cudaStreamCreateWithFlags(self, flags: int) -> tuple[int]:
+            if flags != 1:
+                machine.fault("a stream that waits for the default one")
             return (machine.stream(current()),)
 
         def cudaStreamDestroy(self, stream: int) -> None:
@@ -303,7 +307,7 @@ def pycuda_driver(machine: Machine) -> Any:
 
         @staticmethod
         def synchronize() -> None:
-            machine.call("synchronize")
+            machine.call("Context.synchronize")
             machine.wait(gpu=current())
 
     class Device:
@@ -338,7 +342,9 @@ def pycuda_driver(machine: Machine) -> Any:
             machine.free(self.address)
 
     class Stream:
-        def __init__(self) -> None:
+        def __init__(self, flags: int = 0) -> None:
+            if flags != 1:
+                machine.fault("a stream that waits for the default one")
             self.handle = machine.stream(current())
 
         def synchronize(self) -> None:

@@ -33,11 +33,12 @@ class Behaviour:
     refuses_uint8: bool = False  # the parser
     loses_half: bool = False  # the builder makes fp32 of everything
     wrong: bool = False  # engines compute nonsense
+    no_driver: bool = False  # that this version works with
+    other_times: bool = False  # the timing cache is another GPU's
     no_graphs: bool = False  # work that cannot be captured
     parse_error: str = ""
     build_error: str = ""
     builds: list[dict[str, Any]] = field(default_factory=list)
-    progress: list[tuple[Any, ...]] = field(default_factory=list)
     activation_bytes: int = 1000
 
 
@@ -289,11 +290,13 @@ def module(machine: fake_cuda.Machine, version: str, onnxruntime: Any, behaviour
             return ITimingCache(data)
 
         def set_timing_cache(self, cache: Any, ignore_mismatch: bool) -> bool:
+            if behaviour.other_times and cache._data:
+                return False
             self._cache = cache
             return True
 
         def get_timing_cache(self) -> Any:
-            return self._cache
+            return self.__dict__.get("_cache")
 
         # What may be set without being asked for again.
         profiling_verbosity = builder_optimization_level = hardware_compatibility_level = progress_monitor = None
@@ -302,6 +305,7 @@ def module(machine: fake_cuda.Machine, version: str, onnxruntime: Any, behaviour
         KIND = "Builder"
 
         def __init__(self, log: Any) -> None:
+            needs_driver(log)
             self._log = log
 
         def create_network(self, flags: int = 0) -> Any:
@@ -337,7 +341,8 @@ def module(machine: fake_cuda.Machine, version: str, onnxruntime: Any, behaviour
             behaviour.builds.append({
                 "gpu": machine.current(), "graph": Path(network._graph).name, "flags": flags, "half": half,
                 "profile": profile, "typed": network._typed, "asked": config._asked,
-                "times": config._cache._data, "level": config.__dict__.get("builder_optimization_level"),
+                "times": config._cache._data if "_cache" in config.__dict__ else None,
+                "level": config.__dict__.get("builder_optimization_level"),
                 "layers": len(network._layers),
             })  # fmt: skip
             number = len(engines)
@@ -345,12 +350,18 @@ def module(machine: fake_cuda.Machine, version: str, onnxruntime: Any, behaviour
             plan = {"version": version, "engine": number, "half": half, "int8": network._int8, "gpu": machine.current()}
             return HostMemory(b"plan" + json.dumps(plan).encode())
 
+    def needs_driver(log: Any) -> None:
+        if behaviour.no_driver:
+            say(log, "CUDA initialization failure with error: 35")
+            raise TypeError("pybind11::init(): factory function returned nullptr")
+
     engines: list[tuple[Any, Any, Any]] = []
 
     class Runtime(Strict):
         KIND = "Runtime"
 
         def __init__(self, log: Any) -> None:
+            needs_driver(log)
             self._log = log
 
         def deserialize_cuda_engine(self, data: bytes) -> Any:
@@ -384,12 +395,15 @@ def module(machine: fake_cuda.Machine, version: str, onnxruntime: Any, behaviour
             return EngineInspector(self)
 
         def create_execution_context(self) -> Any:
+            if major < 10 and self.__dict__.get("_context"):
+                machine.fault("a second context of a profile, before 8.6")
             count, height, width, _ = engines[self._plan["engine"]][2][2]
             try:
                 memory = machine.allocate(self._gpu, behaviour.activation_bytes * (count * height * width > 0))
             except fake_cuda.Short:
                 say(self._log, "Requested size was 1 bytes. OutOfMemory (no further information)")
                 return None
+            self._context = True
             return IExecutionContext(self, memory)
 
     class EngineInspector(Strict):

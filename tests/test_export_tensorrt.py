@@ -67,6 +67,20 @@ def test_an_engine_that_is_wrong_fails_the_export(behaviour: fake_tensorrt.Behav
         build_engines(bundle, options=BuildOptions(folder=tmp_path))
 
 
+def test_a_float_engine_that_is_wrong_fails_the_export(
+    behaviour: fake_tensorrt.Behaviour, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = tensorrt.TensorRtBackend.run
+
+    def off(self: tensorrt.TensorRtBackend, batch: np.ndarray) -> np.ndarray:
+        result = real(self, batch)
+        return result if batch.dtype == np.uint8 else result + np.float32(0.002)
+
+    monkeypatch.setattr(tensorrt.TensorRtBackend, "run", off)
+    with pytest.raises(ExportError, match=r"the float graph differs from onnxruntime .* by 0.002 of 1 on astronaut"):
+        build_engines(Bundle.load(bundles.shared("unet")), options=BuildOptions(folder=tmp_path))
+
+
 def test_no_half_precision_fails_the_export(behaviour: fake_tensorrt.Behaviour) -> None:
     behaviour.loses_half = True
     with pytest.raises(BackendError, match="without one layer in fp16"):

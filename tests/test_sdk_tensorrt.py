@@ -6,8 +6,10 @@ import gc
 import hashlib
 import json
 import logging
+import os
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -282,8 +284,9 @@ def test_tactics_that_need_other_libraries_are_off(world: World) -> None:
 
 
 def test_measured_times_are_kept(world: World, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    path, options = tmp_path / "timing.cache", BuildOptions(folder=tmp_path)
+    options = BuildOptions(folder=tmp_path)
     tensorrt.open_backend(request(), options).close()
+    path = tmp_path / f"Stand-in-GPU-9.0-{world.version}.times"
     first = path.read_bytes()
     tensorrt.open_backend(request("blur"), options).close()
     assert world.builds[1]["times"] == first != path.read_bytes()
@@ -305,6 +308,83 @@ def test_an_engine_is_built_once(world: World, cache: Path) -> None:
         np.testing.assert_array_equal(upscaler.upscale(image), expected(image))
     assert len(world.builds) == 1 and path.stat().st_mtime_ns == stamp
     assert [path.suffix for path in cache.iterdir()].count(".part") == 0
+
+
+def test_times_of_another_gpu_are_not_used(world: World, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    options = BuildOptions(folder=tmp_path, rebuild=True)
+    tensorrt.open_backend(request(), options).close()
+    world.behaviour.other_times = True
+    tensorrt.open_backend(request(), options).close()
+    assert world.builds[1]["times"] == b"" and "measured anew" in caplog.text
+
+
+def test_a_driver_that_does_not_fit(world: World) -> None:
+    world.behaviour.no_driver = True
+    with pytest.raises(BackendUnavailable, match=r"CUDA initialization failure .* check the NVIDIA driver"):
+        on_gpu()
+
+
+@pytest.mark.parametrize("device", ["foo", "cuda:x", "cuda:0,0"])
+def test_devices_that_make_no_sense(ten: World, device: str) -> None:
+    with pytest.raises(OptionError, match="device"):
+        tensorrt.open_backend(request(device=device))
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
+@pytest.mark.parametrize("kind", ["pipe", "link", "deep"])
+def test_what_is_no_engine_does_not_hold_the_program_up(ten: World, cache: Path, kind: str, tmp_path: Path) -> None:
+    on_gpu().close()
+    (path,) = cache.glob("*.engine")
+    path.unlink()
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "link":
+        path.symlink_to("/dev/zero")
+    else:
+        text = b"[" * 60000
+        path.write_bytes(engine_cache.MAGIC + len(text).to_bytes(4, "little") + text)
+    on_gpu().close()
+    assert len(ten.builds) == 2
+
+
+def test_files_that_cannot_be_locked(
+    ten: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(stream: object) -> bool:
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(engine_cache, "_try_lock", refuse)
+    on_gpu().close()
+    assert "No locks available" in caplog.text and len(ten.builds) == 1
+
+
+def test_close_waits_for_runs(ten: World) -> None:
+    backend = open_backend("tensorrt", request())
+    entered, go = threading.Event(), threading.Event()
+
+    def fill(device: Any, address: int, stream: int) -> None:
+        entered.set()
+        assert go.wait(10)
+
+    with ThreadPoolExecutor(2) as pool:
+        run = pool.submit(backend.run_on_device, (1, 8, 8, 3), np.dtype(np.uint8), fill, lambda *_: None)
+        assert entered.wait(10)
+        closing = pool.submit(backend.close)
+        time.sleep(0.1)
+        assert not closing.done()
+        go.set()
+        run.result(10)
+        closing.result(10)
+    assert ten.machine.blocks == {}
+
+
+def test_a_shape_beyond_the_profile(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    in_windows(monkeypatch)
+    backend = open_backend("tensorrt", request())
+    with pytest.raises(BackendError, match=r"\(1, 120, 120, 3\) is refused \(up to 2 of 112 px\)"):
+        backend.run(photo(120, 120)[None])
+    backend.run(photo(112, 112)[None])
+    backend.close()
 
 
 def test_an_engine_for_many_gpus_serves_any(ten: World, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -465,9 +545,30 @@ def test_one_lane_where_memory_is_short(ten: World, caplog: pytest.LogCaptureFix
     with on_gpu() as upscaler:
         np.testing.assert_array_equal(upscaler.upscale(image), expected(image))
     assert "one lane only" in caplog.text
+    tries = len(ten.builds)
     ten.behaviour.activation_bytes = ten.machine.limit * 2
     with pytest.raises(OutOfMemory):
         on_gpu()
+    sides = [build["profile"][2][1] for build in ten.builds[tries:]]
+    assert len(sides) > 1 and sides == sorted(sides, reverse=True) and sides[-1] == 96, "smaller ones are tried"
+
+
+def test_other_pictures_go_on_while_an_engine_is_built(ten: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    building, go, real = threading.Event(), threading.Event(), tensorrt.build
+
+    def slow(*arguments: Any, **options: Any) -> bytes:
+        building.set()
+        assert go.wait(10)
+        return real(*arguments, **options)
+
+    image = photo(16, 16)
+    with on_gpu() as upscaler, ThreadPoolExecutor(1) as pool:
+        monkeypatch.setattr(tensorrt, "build", slow)
+        deep = pool.submit(upscaler.upscale, image.astype(np.uint16))
+        assert building.wait(10)
+        np.testing.assert_array_equal(upscaler.upscale(image), expected(image))
+        go.set()
+        deep.result(10)
 
 
 def test_work_that_cannot_be_captured_runs_without(

@@ -21,9 +21,9 @@ from sdk.bundle import FORMAT, MANIFEST, VERSION, Bundle, Graph, HaloRow, Manife
 from sdk.errors import BackendUnavailable
 
 from .. import verify
-from ..bundle_writer import MAX_FLOAT_ERROR, NOTICE, refuse_existing
+from ..bundle_writer import NOTICE, refuse_existing
 from ..errors import ExportError
-from ..parity import check_parity, on_grid, read_pictures
+from ..parity import MAX_FLOAT_ERROR, check_parity, on_grid, read_pictures
 from ..to_onnx import OPSET
 from . import wrapping
 from .converting import convert

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import importlib
 import os
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -17,6 +18,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from ..errors import BackendError, BackendUnavailable, OutOfMemory
+
+# CUDA refuses to wait for a whole device while a stream of it is captured, and spoils the capture.
+_whole_device = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -216,7 +220,8 @@ class CudaPythonDevice:
     def synchronize(self, stream: int | None = None) -> None:
         """See Device."""
         if stream is None:
-            self._call("cudaDeviceSynchronize")
+            with _whole_device:
+                self._call("cudaDeviceSynchronize")
         else:
             self._call("cudaStreamSynchronize", stream)
 
@@ -224,14 +229,15 @@ class CudaPythonDevice:
         """See Device."""
         # Only this thread must keep from calls that cannot be captured.
         mode = self._runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
-        self._call("cudaStreamBeginCapture", stream, mode)
-        try:
-            enqueue()
-        except BaseException:
-            _, graph = self._runtime.cudaStreamEndCapture(stream)
-            self._runtime.cudaGraphDestroy(graph)
-            raise
-        graph = self._call("cudaStreamEndCapture", stream)[0]
+        with _whole_device:
+            self._call("cudaStreamBeginCapture", stream, mode)
+            try:
+                enqueue()
+            except BaseException:
+                _, graph = self._runtime.cudaStreamEndCapture(stream)
+                self._runtime.cudaGraphDestroy(graph)
+                raise
+            graph = self._call("cudaStreamEndCapture", stream)[0]
         try:
             return int(self._call("cudaGraphInstantiate", graph, 0)[0])
         finally:
@@ -321,7 +327,7 @@ class PyCudaDevice:
     def new_stream(self) -> int:
         """See Device."""
         with self._current("Stream"):
-            stream = self._driver.Stream()
+            stream = self._driver.Stream(STREAM_NON_BLOCKING)
         self._streams[stream.handle] = stream
         return int(stream.handle)
 
@@ -351,14 +357,15 @@ class PyCudaDevice:
         """See Device."""
         with self._current("synchronize"):
             if stream is None:
-                self._driver.Context.synchronize()
+                with _whole_device:
+                    self._driver.Context.synchronize()
             else:
                 self._streams[stream].synchronize()
 
     def capture(self, stream: int, enqueue: Callable[[], None]) -> int:
         """See Device."""
         graph, executable = ctypes.c_void_p(), ctypes.c_void_p()
-        with self._current("capture"):
+        with self._current("capture"), _whole_device:
             self._call_driver("cuStreamBeginCapture_v2", ctypes.c_void_p(stream), CAPTURE_THREAD_LOCAL)
             try:
                 enqueue()
@@ -414,6 +421,7 @@ class PyCudaDevice:
 
 CAPTURE_THREAD_LOCAL = ctypes.c_int(1)  # CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
 CUDA_ERROR_OUT_OF_MEMORY = 2
+STREAM_NON_BLOCKING = 1  # with the default stream, in which others work
 
 
 def load_driver() -> Any:

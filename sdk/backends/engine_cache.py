@@ -7,14 +7,16 @@ fit its key to the letter, or is damaged, counts as missing, and the engine is b
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import logging
 import os
 import secrets
+import stat
 import sys
-from collections.abc import Iterator
-from contextlib import AbstractContextManager
+import time
+from contextlib import AbstractContextManager, closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -25,7 +27,8 @@ LOG = logging.getLogger(__name__)
 MAGIC = b"SR-SDK engine\n"
 FORMAT = 1
 MAX_HEADER_BYTES = 1 << 16
-MAX_PLAN_BYTES = 8 << 30
+MAX_FILE_BYTES = 8 << 30
+LOCK_POLL_S = 0.2
 
 
 @dataclass(frozen=True)
@@ -52,15 +55,11 @@ class Key:
 
 
 def cache_dir(name: str) -> Path:
-    """Give a folder for what engines compile: below SR_CACHE_DIR, else ~/.cache/sr-sdk. It is made if missing.
+    """Name a folder for what engines compile: below SR_CACHE_DIR, else ~/.cache/sr-sdk.
 
-    Raises: OSError or RuntimeError if there is none that can be written.
+    Raises: RuntimeError for a user without a home folder.
     """
-    folder = Path(os.environ.get("SR_CACHE_DIR") or Path.home() / ".cache" / "sr-sdk") / name
-    folder.mkdir(parents=True, exist_ok=True)
-    if not os.access(folder, os.W_OK):
-        raise PermissionError(f"{folder} is not writable")
-    return folder
+    return Path(os.environ.get("SR_CACHE_DIR") or Path.home() / ".cache" / "sr-sdk") / name
 
 
 def engine_name(stage: str, key: Key) -> str:
@@ -72,17 +71,25 @@ def engine_name(stage: str, key: Key) -> str:
 def read_engine(path: Path, key: Key) -> bytes | None:
     """Read the plan of an engine that was built for a key; None, and a line in the log, if it is not that."""
     try:
-        with open(path, "rb") as stream:
-            found, plan = _parse(stream.read(len(MAGIC) + 4 + MAX_HEADER_BYTES + MAX_PLAN_BYTES))
+        with open(path, "rb", opener=_open_at_once) as stream:
+            facts = os.fstat(stream.fileno())
+            if not stat.S_ISREG(facts.st_mode) or facts.st_size > MAX_FILE_BYTES:
+                raise ValueError("not a file of an engine")
+            found, plan = _parse(stream.read(facts.st_size))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, MemoryError) as exc:
-        LOG.warning("%s: not used and built anew (%s)", path, exc)
+    except (OSError, ValueError, RecursionError, MemoryError) as exc:
+        LOG.warning("%s: not used and built anew (%s)", path, str(exc) or type(exc).__name__)
         return None
     if found != json.loads(json.dumps(asdict(key))):
         LOG.warning("%s: built for something else, and built anew", path)
         return None
     return plan
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """Open a file, without waiting for the other end of a pipe and without following a link."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOFOLLOW", 0))
 
 
 def _parse(data: bytes) -> tuple[dict[str, Any], bytes]:
@@ -126,25 +133,39 @@ def write_whole(path: Path, data: bytes) -> None:
             temporary.unlink(missing_ok=True)
 
 
-def locked(path: Path) -> AbstractContextManager[None]:
-    """Hold a file's lock across processes; a process that ends lets go of it. Raises: OSError, at once."""
-    return _hold(open(path.with_name(path.name + ".lock"), "ab"))
+def lock(path: Path) -> AbstractContextManager[Any]:
+    """Wait for a file's lock across processes and hold it; a process that ends lets go of it.
+
+    Raises: OSError, at once, where files cannot be locked.
+    """
+    stream = open(path.with_name(path.name + ".lock"), "ab")  # noqa: SIM115 -- closing() closes it, which lets go
+    try:
+        waits = False
+        while not _try_lock(stream):
+            if not waits:
+                LOG.warning("%s: another process builds it; waiting", path)
+            waits = True
+            time.sleep(LOCK_POLL_S)
+    except BaseException:
+        stream.close()
+        raise
+    return closing(stream)
 
 
-@contextlib.contextmanager
-def _hold(file: BinaryIO) -> Iterator[None]:
-    with file as stream:
+def _try_lock(stream: BinaryIO) -> bool:
+    """Take a lock; False if another holds it. Raises: OSError where files cannot be locked."""
+    try:
         if sys.platform == "win32":
             import msvcrt
 
-            msvcrt.locking(stream.fileno(), msvcrt.LK_LOCK, 1)
-            try:
-                yield
-            finally:
-                stream.seek(0)
-                msvcrt.locking(stream.fileno(), msvcrt.LK_UNLCK, 1)
+            stream.seek(0)
+            msvcrt.locking(stream.fileno(), msvcrt.LK_NBLCK, 1)
         else:
             import fcntl
 
-            fcntl.flock(stream, fcntl.LOCK_EX)  # let go by closing
-            yield
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as exc:
+        if exc.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
+            return False
+        raise
+    return True

@@ -134,25 +134,24 @@ class GpuBackend(Generic[AnyLane]):
     def close(self) -> None:
         """See Backend.close: lets runs that are under way finish."""
         self._closed = True
-        for _ in range(self.lanes):
-            with self._lane(closing=True):
-                pass
+        lanes = [self._idle.get() for _ in range(self.lanes)]
+        for lane in lanes:
+            lane.close()
+            self._idle.put(lane)
 
     def _run(self, lane: AnyLane, shape: tuple[int, ...], dtype: np.dtype, fill: Transfer, take: Transfer) -> None:
         """Compute a batch in a lane; everything is done when this returns."""
         raise NotImplementedError
 
     @contextlib.contextmanager
-    def _lane(self, *, closing: bool = False) -> Iterator[AnyLane]:
-        """Wait for an idle lane; it is emptied once the backend is closed."""
+    def _lane(self) -> Iterator[AnyLane]:
+        """Wait for an idle lane."""
         lane = self._idle.get()
         try:
-            if self._closed and not closing:
+            if self._closed:
                 raise BackendError("this backend is closed")
             yield lane
         finally:
-            if self._closed:
-                lane.close()
             self._idle.put(lane)
 
     def _reserve(self, lane: AnyLane, shape: tuple[int, ...], dtype: np.dtype) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -17,17 +18,17 @@ import numpy as np
 
 from .. import memory
 from ..bundle import Stage
-from ..errors import BackendError, BackendUnavailable
-from . import Backend, Request, Transfer, check_half
+from ..errors import BackendError, BackendUnavailable, OutOfMemory
+from . import Backend, Request, Transfer, check_half, check_request
 from .cuda import Device, open_device
-from .engine_cache import Key, cache_dir, engine_name, locked, read_engine, write_engine
+from .engine_cache import Key, cache_dir, engine_name, lock, read_engine, write_engine
 from .forking import spared
 from .gpu import GpuBackend, Lane
-from .tensorrt_builder import BuildOptions, Profile, build, check_types, load, logger
+from .tensorrt_builder import BuildOptions, Profile, build, check_types, load, logger, shares_profiles
 
 __all__ = ["TensorRtBackend", "choose_profile", "engine_dir", "open_backend", "open_device", "open_reference"]
 LOG = logging.getLogger(__name__)
-TIMING_CACHE = "timing.cache"
+TIMING_CACHE = "times"
 LANES = 2  # one computes while the other copies
 BATCHES = (8, 4, 2, 1)
 ROOMY_SIDE = 1024  # windows are at least as large before batches grow: tiles of small ones are little but halo
@@ -41,6 +42,7 @@ def open_backend(request: Request, options: BuildOptions = BuildOptions()) -> Te
     Raises: BackendUnavailable if TensorRT, the GPU or the precision is not there; BackendError if no engine can be
     built; OutOfMemory.
     """
+    check_request("tensorrt", request)
     if request.device == "cpu":
         raise BackendUnavailable("tensorrt has no CPU device: use device='cuda:N'")
     trt = import_tensorrt()
@@ -53,9 +55,17 @@ def open_backend(request: Request, options: BuildOptions = BuildOptions()) -> Te
     index = 0 if request.device == "auto" else int(request.device.removeprefix("cuda:"))
     gpu = open_device(index)
     request = replace(request, device=f"cuda:{index}", precision=precision)
-    profile = choose_profile(request.stage, gpu.facts().total_bytes)
+    share, smallest = gpu.facts().total_bytes, choose_profile(request.stage, 0)
     with gpu.current():
-        return _Opening(trt, gpu, request, profile, options).open()
+        while True:
+            profile = choose_profile(request.stage, share)
+            try:
+                return _Opening(trt, gpu, request, profile, options).open()
+            except OutOfMemory as exc:  # others use the GPU too
+                if profile == smallest:
+                    raise
+                LOG.warning("trying again with an engine for smaller windows: %s", exc)
+                share //= 4
 
 
 def import_tensorrt() -> Any:
@@ -122,7 +132,7 @@ class _Opening:
         with self._lock(path):  # another process may be at it
             if not self._options.rebuild and (found := self._from_disk(path, key)):
                 return found
-            backend, plan = self._build(path.with_name(TIMING_CACHE))
+            backend, plan = self._build(path.with_name(self._timing_cache()))
             try:
                 write_engine(path, key, plan)
             except BackendError as exc:
@@ -139,11 +149,11 @@ class _Opening:
             self._not_kept(exc)
             return None
 
-    def _lock(self, path: Path) -> AbstractContextManager[None]:
+    def _lock(self, path: Path) -> AbstractContextManager[Any]:
         """Lock an engine's file; where that cannot be, two processes may build the same."""
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            return locked(path)
+            return lock(path)
         except OSError as exc:
             self._not_kept(exc)
             return nullcontext()
@@ -153,6 +163,12 @@ class _Opening:
         if self._options.must_keep:
             raise BackendError(told) from exc
         LOG.warning("%s", told)
+
+    def _timing_cache(self) -> str:
+        """Name the file of measured times, which hold for one GPU and version."""
+        facts = self._gpu.facts()
+        text = f"{facts.name}-{facts.capability}-{self._trt.__version__}"
+        return f"{re.sub('[^A-Za-z0-9.]+', '-', text)}.{TIMING_CACHE}"
 
     def _name(self, key: Key) -> str:
         return engine_name(self._request.stage.name, key)
@@ -175,12 +191,20 @@ class _Opening:
         plan = read_engine(path, key)
         if plan is None:
             return None
-        engine = load(self._trt, plan)
-        if engine is None:
+        engines = self._load(plan)
+        if not engines:
             _, messages = logger(self._trt)
             LOG.warning("%s: TensorRT refuses it (%s); it is built anew", path, messages.clear())
             return None
-        return self._backend(engine)
+        return self._backend(engines)
+
+    def _load(self, plan: bytes) -> list[Any]:
+        """Make an engine for each lane of a plan, the same where they can share it; none if TensorRT refuses it."""
+        first = load(self._trt, plan)
+        if first is None:
+            return []
+        more = [first if shares_profiles(self._trt) else load(self._trt, plan) for _ in range(LANES - 1)]
+        return [first, *(engine for engine in more if engine is not None)]
 
     def _build(self, timing_cache: Path | None) -> tuple[TensorRtBackend, bytes]:
         """Build an engine and check it; give its plan too."""
@@ -195,22 +219,22 @@ class _Opening:
             precision=request.precision, ends=request.ends, float_graph=float_graph, timing_cache=timing_cache,
             options=self._options,
         )  # fmt: skip
-        engine = load(self._trt, plan)
-        if engine is None:
+        engines = self._load(plan)
+        if not engines:
             _, messages = logger(self._trt)
             raise messages.error("the engine that was just built is refused")
-        check_types(self._trt, engine, request.precision)
-        backend = self._backend(engine)
+        check_types(self._trt, engines[0], request.precision)
+        backend = self._backend(engines)
         if request.precision == "fp16":
             with closing(open_reference(request, self._options)) as reference:
                 psnr = check_half(backend, reference, request.stage)
             LOG.info("stage %s: fp16 is %.1f dB from fp32 on %s", request.stage.name, psnr, reference.engine)
         return backend, plan
 
-    def _backend(self, engine: Any) -> TensorRtBackend:
+    def _backend(self, engines: list[Any]) -> TensorRtBackend:
         request = self._request
         return TensorRtBackend(
-            self._trt, self._gpu, engine, self._profile, scale=request.scale, precision=request.precision
+            self._trt, self._gpu, engines, self._profile, scale=request.scale, precision=request.precision
         )
 
 
@@ -236,17 +260,18 @@ class _Lane(Lane):
 
 
 class TensorRtBackend(GpuBackend[_Lane]):
-    """One engine on one GPU."""
+    """One engine on one GPU. engines: it, or a copy, for each lane."""
 
     name = "tensorrt"
     is_checked = True
 
-    def __init__(self, trt: Any, gpu: Device, engine: Any, profile: Profile, *, scale: int, precision: str):
+    def __init__(self, trt: Any, gpu: Device, engines: list[Any], profile: Profile, *, scale: int, precision: str):
         self.engine = f"tensorrt {trt.__version__}"
         self.batch = self.max_batch = profile.batch
         self.max_side = profile.side
         self._messages = logger(trt)[1]
-        self._engine: Any = spared(engine)
+        self._engines: list[Any] = [spared(engine) for engine in engines]
+        engine = engines[0]
         modes = {engine.get_tensor_name(number): None for number in range(engine.num_io_tensors)}
         inputs = [name for name in modes if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT]
         outputs = [name for name in modes if engine.get_tensor_mode(name) == trt.TensorIOMode.OUTPUT]
@@ -254,7 +279,8 @@ class TensorRtBackend(GpuBackend[_Lane]):
             raise BackendError(f"tensorrt: an engine of {len(inputs)} inputs and {len(outputs)} outputs")
         self._input, self._output = inputs[0], outputs[0]
         lanes: list[_Lane] = []
-        for _ in range(LANES):
+        for engine in engines:
+            self._messages.clear()
             context = engine.create_execution_context()
             if context is None:
                 error = self._messages.error(f"no execution context for windows of up to {profile.side} px")
@@ -268,7 +294,7 @@ class TensorRtBackend(GpuBackend[_Lane]):
     def close(self) -> None:
         """See Backend.close."""
         super().close()
-        self._engine = None
+        self._engines = []
 
     def _run(self, lane: _Lane, shape: tuple[int, ...], dtype: np.dtype, fill: Transfer, take: Transfer) -> None:
         """See GpuBackend."""
@@ -305,6 +331,7 @@ class TensorRtBackend(GpuBackend[_Lane]):
 
     def _prepare(self, lane: _Lane, shape: tuple[int, ...]) -> None:
         context = lane.context
+        self._messages.clear()
         if not context.set_input_shape(self._input, shape):
             raise self._messages.error(
                 f"a batch of shape {shape} is refused (up to {self.batch} of {self.max_side} px)"
@@ -313,6 +340,7 @@ class TensorRtBackend(GpuBackend[_Lane]):
         context.set_tensor_address(self._output, lane.output.address)
 
     def _compute(self, lane: _Lane, shape: tuple[int, ...]) -> None:
+        self._messages.clear()
         with self.gpu.current():
             if not lane.context.execute_async_v3(lane.stream):
                 lane.forget()

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import BackendError, OptionError, OutOfMemory
+from ..errors import BackendError, BackendUnavailable, OptionError, OutOfMemory
 from .engine_cache import write_whole
 
 LOG = logging.getLogger(__name__)
@@ -65,23 +65,26 @@ class BuildOptions:
 
 
 class Messages:
-    """What TensorRT said last; its functions return nothing but None or False when they fail."""
+    """What TensorRT said last in each thread; its functions return nothing but None or False when they fail."""
 
     def __init__(self) -> None:
-        self._lines: deque[str] = deque(maxlen=8)
-        self._lock = threading.Lock()
+        self._local = threading.local()
 
     def add(self, line: str) -> None:
         """Keep an error."""
-        with self._lock:
-            self._lines.append(" ".join(line.split())[:300])
+        self._lines().append(" ".join(line.split())[:300])
 
     def clear(self) -> str:
-        """Forget what was said, and give it."""
-        with self._lock:
-            said = "; ".join(self._lines)
-            self._lines.clear()
+        """Forget what was said in this thread, and give it."""
+        said = "; ".join(self._lines())
+        self._lines().clear()
         return said
+
+    def _lines(self) -> deque[str]:
+        if not hasattr(self._local, "lines"):
+            self._local.lines = deque(maxlen=8)
+        lines: deque[str] = self._local.lines
+        return lines
 
     def error(self, what: str) -> BackendError:
         """Make an error of what was said since the last one."""
@@ -128,9 +131,8 @@ def build(
     Raises: BackendError with TensorRT's words; OutOfMemory; OptionError for what this version cannot do.
     """
     log, messages = logger(trt)
-    builder = trt.Builder(log)
-    if not builder:
-        raise messages.error("no builder")
+    messages.clear()
+    builder = _make(trt.Builder, log, messages)
     config = builder.create_builder_config()
     network, is_typed = _parse(trt, builder, graph, ends=ends, float_graph=float_graph)
     if not is_typed:
@@ -141,13 +143,26 @@ def build(
     if config.add_optimization_profile(shapes) < 0:
         raise messages.error(f"shapes {profile.shapes()} are refused")
     cache = _read_timing_cache(trt, config, timing_cache)
-    config.set_timing_cache(cache, False)
+    if not config.set_timing_cache(cache, False):
+        LOG.warning("%s: times of another GPU or version, measured anew", timing_cache)
+        config.set_timing_cache(config.create_timing_cache(b""), False)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise messages.error(f"{graph.name}: no engine could be built")
-    if timing_cache:
-        _write_timing_cache(timing_cache, bytes(config.get_timing_cache().serialize()))
+    times = config.get_timing_cache()
+    if timing_cache and times is not None:
+        _write_timing_cache(timing_cache, bytes(times.serialize()))
     return bytes(plan)
+
+
+def _make(kind: Any, log: Any, messages: Messages) -> Any:
+    """Make one of TensorRT's two objects that need a driver; pybind11 tells of none with a TypeError."""
+    try:
+        return kind(log)
+    except TypeError as exc:
+        raise BackendUnavailable(
+            f"tensorrt cannot be used: {messages.clear() or exc}; check the NVIDIA driver"
+        ) from exc
 
 
 def _parse(trt: Any, builder: Any, graph: Path, *, ends: str, float_graph: Path) -> tuple[Any, bool]:
@@ -240,6 +255,8 @@ def _configure(trt: Any, config: Any, options: BuildOptions) -> None:
     config.set_tactic_sources(sum(1 << int(source) for source in sources))
     if hasattr(trt.PreviewFeature, "DISABLE_EXTERNAL_TACTIC_SOURCES_FOR_CORE_0805"):
         config.set_preview_feature(trt.PreviewFeature.DISABLE_EXTERNAL_TACTIC_SOURCES_FOR_CORE_0805, True)
+    if hasattr(trt.PreviewFeature, "PROFILE_SHARING_0806"):  # 8.6; see shares_profiles
+        config.set_preview_feature(trt.PreviewFeature.PROFILE_SHARING_0806, True)
     if options.level is not None:
         if not hasattr(config, "builder_optimization_level"):
             raise OptionError(f"tensorrt {trt.__version__} has no optimisation levels")
@@ -299,9 +316,18 @@ def _write_timing_cache(path: Path, data: bytes) -> None:
 
 
 def load(trt: Any, plan: bytes) -> Any:
-    """Make an engine of a plan; None if TensorRT refuses it. It belongs to the thread's current GPU."""
-    log, _ = logger(trt)
-    return trt.Runtime(log).deserialize_cuda_engine(plan)
+    """Make an engine of a plan; None if TensorRT refuses it. It belongs to the thread's current GPU.
+
+    Raises: BackendUnavailable if TensorRT does not work with the driver.
+    """
+    log, messages = logger(trt)
+    messages.clear()
+    return _make(trt.Runtime, log, messages).deserialize_cuda_engine(plan)
+
+
+def shares_profiles(trt: Any) -> bool:
+    """Tell whether several contexts of an engine may use its one profile, as they may from 8.6 on."""
+    return hasattr(trt.PreviewFeature, "PROFILE_SHARING_0806") or hasattr(trt, "IProgressMonitor")
 
 
 def check_types(trt: Any, engine: Any, precision: str) -> None:
