@@ -115,10 +115,12 @@ def write_bundle(
         raise OptionError("--bgr and --value-range are for --onnx")
     else:
         from .bundle_writer import Options, export_run
-        from .plain_checkpoint import export_checkpoint
+        from .plain_checkpoint import SUFFIXES, export_checkpoint
 
         table = read_figures(figures, out.name) if figures else None
         made = Options(figures=table, **options)
+        if arch is None and Path(str(source)).suffix in SUFFIXES:
+            raise OptionError(f"{source}: of a plain checkpoint --arch must name the network")
         if arch:
             manifest = export_checkpoint(Path(str(source)), out, made, arch=arch, settings=settings, report=click.echo)
         else:

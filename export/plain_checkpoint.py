@@ -26,6 +26,7 @@ from .to_onnx import quiet
 
 STAGE = "main"
 PICKLES = (".pth", ".pt", ".ckpt")
+SUFFIXES = (".safetensors", *PICKLES)
 NESTS = ("params_ema", "params", "state_dict")  # where other trainers put the weights, the best first
 PARALLEL = "module."  # what DataParallel puts before every name
 MAX_SHOWN = 4
@@ -62,7 +63,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
 
     Raises: ExportError if it is of another kind, damaged, or a pickle that holds more than tensors.
     """
-    if path.suffix not in (".safetensors", *PICKLES):
+    if path.suffix not in SUFFIXES:
         raise ExportError(f"{path}: a checkpoint is a .safetensors, {', '.join(PICKLES)} file, or a run of sr-train")
     try:
         if path.suffix == ".safetensors":

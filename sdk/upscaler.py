@@ -33,9 +33,9 @@ class Upscaler:
     """Enlarges pictures with a model bundle.
 
     model: name of a shipped model, a bundle folder, or None for the default one.
-    backend: "auto", "onnxruntime" or "openvino"; device: "auto", "cpu", "cuda:N" or, with windows shared out among
-        several, "cuda:N,M"; precision: "auto", "fp32", "fp16" or "bf16", of 8-bit pictures; others always run in fp32.
-        What is asked for by name is used or refused, never replaced.
+    backend: "auto", "tensorrt", "onnxruntime" or "openvino"; device: "auto", "cpu", "cuda:N" or, with windows shared
+        out among several, "cuda:N,M"; precision: "auto", "fp32", "fp16", "bf16" or "int8", of 8-bit pictures; others
+        always run in fp32. What is asked for by name is used or refused, never replaced.
     stage: resolution stage of the bundle; "auto" is the last one trained, whatever the picture's size.
     seams: the halo is the one measured at export to keep tiles within 1 code value of the untiled result in fp32
         ("exact"), or within 4 and cross-faded ("fast").

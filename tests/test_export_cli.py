@@ -60,3 +60,8 @@ def test_somebody_elses_graph_takes_no_options_of_ours(tmp_path: Path, option: s
     (tmp_path / "model.onnx").write_bytes(b"")
     output = run("--onnx", str(tmp_path / "model.onnx"), "--out", str(tmp_path / "out"), option, code=1).output
     assert "--onnx goes with" in output
+
+
+def test_a_plain_checkpoint_needs_its_network(tmp_path: Path) -> None:
+    output = run(str(tmp_path / "model.pth"), "--out", str(tmp_path / "out"), code=1).output
+    assert "--arch must name the network" in output

@@ -17,6 +17,7 @@ import numpy as np
 
 from ..errors import BackendError, BackendUnavailable, OutOfMemory
 from . import HostBackend, Request, thread_count
+from .engine_cache import cache_dir
 from .forking import spared
 from .recurring import OFTEN, Recurring
 
@@ -25,11 +26,6 @@ MIN_BF16_PSNR_DB = 45.0
 KEPT_SHAPES = 3  # that stay compiled: each holds some 13 MB, and the buffers of its requests
 CACHE_BYTES = 512 << 20  # of compiled models on disk
 HINTS = {"fp32": "f32", "bf16": "bf16", "int8": "f32"}  # of int8 graphs: what they leave in floating point
-
-
-def cache_dir() -> Path:
-    """Give the folder for compiled models: SR_CACHE_DIR, else ~/.cache/sr-sdk."""
-    return Path(os.environ.get("SR_CACHE_DIR") or Path.home() / ".cache" / "sr-sdk")
 
 
 def prune_cache(folder: Path) -> None:
@@ -123,7 +119,7 @@ class OpenVinoBackend(HostBackend):
         self._lock = threading.Lock()
         self._closed = False
         try:
-            folder = cache_dir() / "openvino"
+            folder = cache_dir("openvino")
             folder.mkdir(parents=True, exist_ok=True)
             if not os.access(folder, os.W_OK):
                 raise PermissionError(f"{folder} is not writable")
