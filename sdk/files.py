@@ -7,6 +7,7 @@ import errno
 import logging
 import os
 import secrets
+import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -46,6 +47,8 @@ SUBSAMPLINGS = ("4:4:4", "4:2:2", "4:2:0")
 NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EMLINK, errno.EXDEV}
 
 _unfinished: set[Path] = set()
+_creating = threading.Lock()  # held while a temporary file comes into that list and onto the disk
+CREATING_S = 0.2
 
 
 def read(path: Path, *, max_pixels: int | None = MAX_PIXELS) -> tuple[np.ndarray, Metadata]:
@@ -262,9 +265,8 @@ def new_file(path: Path, *, overwrite: bool) -> Iterator[BinaryIO]:
     Raises: OutputError if the system does not let it be written; other errors from inside the block pass.
     """
     temporary = path.with_name(f".sr-{secrets.token_hex(8)}.part")
-    _unfinished.add(temporary)
     try:
-        with open(temporary, "xb") as stream:
+        with _create(temporary) as stream:
             yield stream
             stream.flush()
             os.fsync(stream.fileno())
@@ -313,8 +315,18 @@ def _cannot_be_written(path: Path, exc: Exception) -> OutputError:
     return OutputError(f"{path}: cannot be written ({reason})")
 
 
+def _create(temporary: Path) -> BinaryIO:
+    with _creating:
+        _unfinished.add(temporary)
+        return open(temporary, "xb")
+
+
 def remove_unfinished() -> None:
-    """Remove the temporary files of everything that is being written, for a program that ends without unwinding."""
+    """Remove the temporary files of everything that is being written, for a program that ends without unwinding.
+
+    No thread can make another one afterwards.
+    """
+    _creating.acquire(timeout=CREATING_S)  # longer waits nobody but this very thread, which a signal has stopped there
     for temporary in list(_unfinished):
         with contextlib.suppress(OSError, ValueError):
             os.unlink(temporary)

@@ -9,6 +9,7 @@ import os
 import stat
 import struct
 import sys
+import threading
 import zlib
 from pathlib import Path
 
@@ -869,7 +870,8 @@ def test_only_errors_of_encoders_become_ours(tmp_path: Path, monkeypatch: pytest
     assert list(tmp_path.iterdir()) == []
 
 
-def test_unfinished_files_can_be_removed_from_outside(tmp_path: Path) -> None:
+def test_unfinished_files_can_be_removed_from_outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "_creating", threading.Lock())  # which is never let go: the program ends
     """By a program that is told to end while another thread writes."""
     with pytest.raises(OutputError), files.new_file(tmp_path / "a.png", overwrite=False) as stream:
         stream.write(b"half")
@@ -878,6 +880,20 @@ def test_unfinished_files_can_be_removed_from_outside(tmp_path: Path) -> None:
         assert list(tmp_path.iterdir()) == []
     assert list(tmp_path.iterdir()) == []
     files.remove_unfinished()
+
+
+def test_no_file_is_begun_once_the_unfinished_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would stay: the program ends a moment later."""
+    monkeypatch.setattr(files, "_creating", threading.Lock())
+    files.remove_unfinished()
+    begun = threading.Thread(target=files.write, args=(tmp_path / "a.png", photo(), files.Metadata()),
+                             kwargs={"quality": 95, "overwrite": False})  # fmt: skip
+    begun.start()
+    begun.join(0.2)
+    assert begun.is_alive() and list(tmp_path.iterdir()) == []
+    files._creating.release()
+    begun.join(10)
+    assert leftovers(tmp_path) == [] and (tmp_path / "a.png").exists()
 
 
 def test_file_systems_without_links_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
