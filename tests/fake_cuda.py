@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import sys
 import threading
 import time
 import types
@@ -17,6 +18,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import pytest
+
+from sdk.backends import cuda
 
 # What a thread must not call while it captures, of both libraries.
 UNSAFE = {"cudaMalloc", "cudaFree", "cudaHostAlloc", "cudaDeviceSynchronize", "cudaStreamSynchronize", "mem_alloc",
@@ -25,6 +29,7 @@ ERRORS = {"cudaSuccess": 0, "cudaErrorMemoryAllocation": 2, "cudaErrorInsufficie
 
 
 NAME = "Stand-in GPU"
+CONTEXTS = 1 << 40  # the handle of GPU 0's
 
 
 class Short(Exception):
@@ -137,8 +142,14 @@ class Machine:
 
     def current(self) -> int:
         """Give the current GPU of this thread, whichever library set it."""
-        stack = getattr(self.local, "stack", [])
-        return stack[-1] if stack else getattr(self.local, "gpu", 0)
+        stack = self.stack()
+        return stack[-1] if stack else 0
+
+    def stack(self) -> list[int]:
+        """Give this thread's stack of contexts."""
+        if not hasattr(self.local, "stack"):
+            self.local.stack = []
+        return self.local.stack
 
     def begin_capture(self, stream: int) -> None:
         self.captures[stream] = threading.get_ident(), []
@@ -168,15 +179,23 @@ class Machine:
         return any(start < address + size and address < stop for copy in copies for start, stop in copy.ranges)
 
 
+def install(monkeypatch: pytest.MonkeyPatch, machine: Machine, library: str = "cuda-python") -> None:
+    """Let sdk find a machine through one of the two libraries."""
+    if library == "pycuda":
+        kind, module = cuda.PyCudaDevice, pycuda_driver(machine)
+    else:
+        kind, module = cuda.CudaPythonDevice, runtime(machine)
+    monkeypatch.setattr(cuda, "LIBRARIES", ((library, "stand_in", kind),))
+    monkeypatch.setitem(sys.modules, "stand_in", module)
+    monkeypatch.setattr(cuda, "load_driver", lambda: driver_library(machine))
+
+
 def runtime(machine: Machine) -> Any:
     """Make a stand-in for the module cuda.bindings.runtime."""
     codes = types.SimpleNamespace(**ERRORS)
     kinds = types.SimpleNamespace(cudaMemcpyHostToDevice="up", cudaMemcpyDeviceToHost="down",
                                   cudaMemcpyDeviceToDevice="within")  # fmt: skip
-    local = machine.local
-
-    def current() -> int:
-        return getattr(local, "gpu", 0)
+    current = machine.current
 
     def answering(function: Callable[..., Any]) -> Callable[..., tuple[Any, ...]]:
         def wrapped(*arguments: Any) -> tuple[Any, ...]:
@@ -192,12 +211,6 @@ def runtime(machine: Machine) -> Any:
     class Functions:
         def cudaGetDeviceCount(self) -> tuple[int]:
             return (machine.gpus,)
-
-        def cudaGetDevice(self) -> tuple[int]:
-            return (current(),)
-
-        def cudaSetDevice(self, gpu: int) -> None:
-            local.gpu = gpu
 
         def cudaGetDeviceProperties(self, gpu: int) -> tuple[Any]:
             facts = types.SimpleNamespace(name=NAME.encode(), major=9, minor=0, totalGlobalMem=machine.limit)
@@ -276,17 +289,12 @@ def runtime(machine: Machine) -> Any:
 
 def pycuda_driver(machine: Machine) -> Any:
     """Make a stand-in for the module pycuda.driver."""
-    local = machine.local
-
-    def stack() -> list[int]:
-        if not hasattr(local, "stack"):
-            local.stack = []
-        return local.stack
+    stack = machine.stack
 
     def current() -> int:
         if not stack():
             machine.fault("no current context")
-        return stack()[-1]
+        return machine.current()
 
     class Error(Exception):
         pass
@@ -341,6 +349,19 @@ def pycuda_driver(machine: Machine) -> Any:
             current()
             machine.free(self.address)
 
+    class PageLocked:
+        """The base of an array. It does not free itself in a thread that has another current context."""
+
+        def __init__(self, gpu: int, memory: np.ndarray):
+            self.gpu, self.memory = gpu, memory
+            self.__array_interface__ = memory.__array_interface__
+            machine.pinned[memory.ctypes.data] = memory
+
+        def free(self) -> None:
+            if current() != self.gpu:
+                machine.fault("page-locked memory of another context")
+            del machine.pinned[self.memory.ctypes.data]
+
     class Stream:
         def __init__(self, flags: int = 0) -> None:
             if flags != 1:
@@ -350,6 +371,11 @@ def pycuda_driver(machine: Machine) -> Any:
         def synchronize(self) -> None:
             machine.call("synchronize")
             machine.wait(self.handle)
+
+        def __del__(self) -> None:
+            if machine.streams[self.handle][0] != current():
+                machine.fault("a stream of another context")
+            del machine.streams[self.handle]
 
     class Memcpy2D:
         def set_src_device(self, address: int) -> None:
@@ -372,8 +398,7 @@ def pycuda_driver(machine: Machine) -> Any:
 
     def pagelocked_empty(size: int, dtype: type) -> np.ndarray:
         machine.call("pagelocked_empty")
-        current()
-        return np.full(size, 0x5A, dtype)
+        return np.asarray(PageLocked(current(), np.full(size, 0x5A, dtype)))
 
     def memcpy_htod_async(target: int, source: np.ndarray, stream: Stream) -> None:
         machine.call("memcpy_htod_async")
@@ -394,9 +419,21 @@ def pycuda_driver(machine: Machine) -> Any:
 
 
 def driver_library(machine: Machine) -> Any:
-    """Make a stand-in for CUDA's driver as ctypes loads it: the functions of graphs, which PyCUDA lacks."""
+    """Make a stand-in for CUDA's driver as ctypes loads it: of graphs, which PyCUDA lacks, and of contexts."""
 
     class Library:
+        def cuDevicePrimaryCtxRetain(self, context: Any, gpu: Any) -> int:
+            context._obj.value = CONTEXTS + gpu.value
+            return 0
+
+        def cuCtxPushCurrent_v2(self, context: Any) -> int:
+            machine.stack().append(context.value - CONTEXTS)
+            return 0
+
+        def cuCtxPopCurrent_v2(self, context: Any) -> int:
+            context._obj.value = CONTEXTS + machine.stack().pop()
+            return 0
+
         def cuStreamBeginCapture_v2(self, stream: Any, mode: Any) -> int:
             if mode.value != 1:
                 machine.fault(f"capture mode {mode.value}")

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from benchmarks import gpu_acceptance
-from sdk.backends import cuda, tensorrt
+from sdk.backends import tensorrt
 from sdk.backends.tensorrt_builder import Profile
 
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -26,8 +26,7 @@ def behaviour(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> fake_tensorrt.
     bundles.shared("unet")
     machine, made = fake_cuda.Machine(limit=5 << 30), fake_tensorrt.Behaviour()
     monkeypatch.setenv("SR_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(cuda, "LIBRARIES", (("stand-in", "stand_in", cuda.CudaPythonDevice),))
-    monkeypatch.setitem(sys.modules, "stand_in", fake_cuda.runtime(machine))
+    fake_cuda.install(monkeypatch, machine)
     monkeypatch.setitem(sys.modules, "tensorrt", fake_tensorrt.module(machine, "10.16.1.11", onnxruntime, made))
     monkeypatch.setattr(gpu_acceptance, "GIB", 1 << 20)
     monkeypatch.setattr(gpu_acceptance, "CROP", 96)

@@ -17,7 +17,7 @@ import pytest
 from export.errors import ExportError
 from export.to_tensorrt import build_engines
 from sdk import BackendError, BackendUnavailable, Bundle, OptionError, Upscaler
-from sdk.backends import cuda, tensorrt
+from sdk.backends import tensorrt
 from sdk.backends.tensorrt_builder import BuildOptions, Profile
 
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -31,8 +31,7 @@ def behaviour(
     bundles.shared("unet")
     machine, made = fake_cuda.Machine(), fake_tensorrt.Behaviour()
     monkeypatch.setenv("SR_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(cuda, "LIBRARIES", (("stand-in", "stand_in", cuda.CudaPythonDevice),))
-    monkeypatch.setitem(sys.modules, "stand_in", fake_cuda.runtime(machine))
+    fake_cuda.install(monkeypatch, machine)
     monkeypatch.setitem(sys.modules, "tensorrt", fake_tensorrt.module(machine, request.param, onnxruntime, made))
     monkeypatch.setattr(tensorrt, "choose_profile", lambda stage, total: Profile(stage.stride, 1, 256))
     yield made

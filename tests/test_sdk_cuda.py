@@ -30,13 +30,7 @@ def machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     for kind in ("unet", "blur"):
         bundles.shared(kind)  # made with the real engine
     made = fake_cuda.Machine()
-    if request.param == "pycuda":
-        kind, module = cuda.PyCudaDevice, fake_cuda.pycuda_driver(made)
-    else:
-        kind, module = cuda.CudaPythonDevice, fake_cuda.runtime(made)
-    monkeypatch.setattr(cuda, "LIBRARIES", ((request.param, "stand_in", kind),))
-    monkeypatch.setitem(sys.modules, "stand_in", module)
-    monkeypatch.setattr(cuda, "load_driver", lambda: fake_cuda.driver_library(made))
+    fake_cuda.install(monkeypatch, made, request.param)
     monkeypatch.setitem(sys.modules, "onnxruntime", fake_cuda.onnxruntime(made, onnxruntime))
     yield made
     gc.collect()
@@ -44,6 +38,7 @@ def machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     assert made.blocks == {}, "memory is left on the GPU"
     assert made.graphs == {}
     assert made.pinned == {}
+    assert made.streams == {}
 
 
 def photo(height: int, width: int, *, seed: int = 0, dtype: type = np.uint8) -> np.ndarray:
@@ -148,19 +143,20 @@ def test_a_gpu_that_is_not_there(machine: fake_cuda.Machine) -> None:
         cuda.open_device(2)
 
 
-def test_the_thread_keeps_its_current_device() -> None:
+def test_the_thread_keeps_its_current_device(machine: fake_cuda.Machine) -> None:
     """An application's own CUDA code, torch's say, goes on where it was."""
-    runtime = fake_cuda.runtime(fake_cuda.Machine())
-    device = cuda.CudaPythonDevice(runtime, 1)
-    runtime.cudaSetDevice(0)
-    device.release(device.allocate(8))
-    assert runtime.cudaGetDevice() == (0, 0)
+    device = cuda.open_device(1)
+    with device.current():
+        assert machine.stack() == [1]
+        device.release(device.allocate(8))
+        assert machine.stack() == [1]
+    assert machine.stack() == []
 
 
-def test_other_errors_name_the_call() -> None:
-    runtime = fake_cuda.runtime(fake_cuda.Machine())
-    device = cuda.CudaPythonDevice(runtime, 0)
-    runtime.cudaMalloc = lambda size: (700, None)
+def test_other_errors_name_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_cuda.install(monkeypatch, fake_cuda.Machine())
+    device = cuda.open_device(0)
+    monkeypatch.setattr(sys.modules["stand_in"], "cudaMalloc", lambda size: (700, None))
     with pytest.raises(BackendError, match="cuda:0: cudaMalloc: error 700") as caught:
         device.allocate(8)
     assert not isinstance(caught.value, OutOfMemory)

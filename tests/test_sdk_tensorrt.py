@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 
 from sdk import BackendError, BackendUnavailable, Bundle, OptionError, OutOfMemory, Upscaler
-from sdk.backends import Request, cuda, engine_cache, open_backend, tensorrt, tensorrt_builder
+from sdk.backends import Request, engine_cache, open_backend, tensorrt, tensorrt_builder
 from sdk.backends.tensorrt import choose_profile, engine_dir
 from sdk.backends.tensorrt_builder import BuildOptions, Profile
 from sdk.device_arrays import DeviceArray
@@ -38,14 +38,7 @@ class World:
         self.version = version
         self.machine = fake_cuda.Machine()
         self.behaviour = fake_tensorrt.Behaviour()
-        if library == "pycuda":
-            kind: Any = cuda.PyCudaDevice
-            module = fake_cuda.pycuda_driver(self.machine)
-            monkeypatch.setattr(cuda, "load_driver", lambda: fake_cuda.driver_library(self.machine))
-        else:
-            kind, module = cuda.CudaPythonDevice, fake_cuda.runtime(self.machine)
-        monkeypatch.setattr(cuda, "LIBRARIES", ((library, "stand_in", kind),))
-        monkeypatch.setitem(sys.modules, "stand_in", module)
+        fake_cuda.install(monkeypatch, self.machine, library)
         self.trt = fake_tensorrt.module(self.machine, version, onnxruntime, self.behaviour)
         monkeypatch.setitem(sys.modules, "tensorrt", self.trt)
 

@@ -5,6 +5,7 @@ Addresses are plain numbers and streams are CUDA's handles, so that both librari
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib
 import os
@@ -146,8 +147,29 @@ def _check_index(index: int, count: int) -> None:
         raise BackendUnavailable(f"there is no GPU cuda:{index}: this machine has {count}")
 
 
+class _Driver:
+    """CUDA's driver library by ctypes: what PyCUDA and CUDA's runtime have no function for."""
+
+    def __init__(self, index: int):
+        self._index = index
+        self._library: Any = None
+
+    def call(self, name: str, *arguments: Any) -> None:
+        """Call a function. Raises: OutOfMemory, BackendError."""
+        if self._library is None:
+            self._library = load_driver()
+        error = getattr(self._library, name)(*arguments)
+        if error == CUDA_ERROR_OUT_OF_MEMORY:
+            raise OutOfMemory(f"cuda:{self._index}: {name}: out of memory")
+        if error:
+            raise BackendError(f"cuda:{self._index}: {name}: error {error}")
+
+
 class CudaPythonDevice:
-    """A GPU through `cuda.bindings.runtime`, whose functions return (error, result...)."""
+    """A GPU through `cuda.bindings.runtime`, whose functions return (error, result...).
+
+    Its primary context is pushed and popped: `cudaSetDevice` back to the device of before would make a context there.
+    """
 
     library = "cuda-python"
 
@@ -158,6 +180,9 @@ class CudaPythonDevice:
         if error != runtime.cudaError_t.cudaSuccess:
             raise BackendUnavailable(f"CUDA cannot be used: {self._describe(error)}; check the NVIDIA driver")
         _check_index(index, count)
+        self._driver = _Driver(index)
+        self._context = ctypes.c_void_p()
+        self._driver.call("cuDevicePrimaryCtxRetain", ctypes.byref(self._context), ctypes.c_int(index))
 
     def facts(self) -> Facts:
         """See Device."""
@@ -168,12 +193,11 @@ class CudaPythonDevice:
     @contextmanager
     def current(self) -> Iterator[None]:
         """See Device."""
-        _, before = self._runtime.cudaGetDevice()
-        self._runtime.cudaSetDevice(self.index)
+        self._driver.call("cuCtxPushCurrent_v2", self._context)
         try:
             yield
         finally:
-            self._runtime.cudaSetDevice(before)
+            self._driver.call("cuCtxPopCurrent_v2", ctypes.byref(ctypes.c_void_p()))
 
     def free_bytes(self) -> int:
         """See Device."""
@@ -288,9 +312,10 @@ class PyCudaDevice:
         _check_index(index, count)
         self._device = driver.Device(index)
         self._context = self._device.retain_primary_context()
-        self._driver_library: Any = None
+        self._calls = _Driver(index)
         self._allocations: dict[int, Any] = {}
         self._streams: dict[int, Any] = {}
+        weakref.finalize(self, _drop_streams, driver, self._context, self._streams).atexit = False
 
     def facts(self) -> Facts:
         """See Device."""
@@ -322,7 +347,13 @@ class PyCudaDevice:
         """See Device."""
         with self._current("pagelocked_empty"):
             memory: np.ndarray = self._driver.pagelocked_empty(size, np.uint8)
+        weakref.finalize(memory, self._free_page_locked, memory.base).atexit = False
         return memory
+
+    def _free_page_locked(self, allocation: Any) -> None:
+        """Free page-locked memory while its context is current, without which PyCUDA only warns."""
+        with self._current("free"):
+            allocation.free()
 
     def new_stream(self) -> int:
         """See Device."""
@@ -366,44 +397,32 @@ class PyCudaDevice:
         """See Device."""
         graph, executable = ctypes.c_void_p(), ctypes.c_void_p()
         with self._current("capture"), _whole_device:
-            self._call_driver("cuStreamBeginCapture_v2", ctypes.c_void_p(stream), CAPTURE_THREAD_LOCAL)
+            self._calls.call("cuStreamBeginCapture_v2", ctypes.c_void_p(stream), CAPTURE_THREAD_LOCAL)
             try:
                 enqueue()
             except BaseException:
-                self._library().cuStreamEndCapture(ctypes.c_void_p(stream), ctypes.byref(graph))
-                self._library().cuGraphDestroy(graph)
+                with contextlib.suppress(BackendError):  # of a capture that has failed
+                    self._calls.call("cuStreamEndCapture", ctypes.c_void_p(stream), ctypes.byref(graph))
+                    self._calls.call("cuGraphDestroy", graph)
                 raise
-            self._call_driver("cuStreamEndCapture", ctypes.c_void_p(stream), ctypes.byref(graph))
+            self._calls.call("cuStreamEndCapture", ctypes.c_void_p(stream), ctypes.byref(graph))
             try:
                 flags = ctypes.c_ulonglong(0)
-                self._call_driver("cuGraphInstantiateWithFlags", ctypes.byref(executable), graph, flags)
+                self._calls.call("cuGraphInstantiateWithFlags", ctypes.byref(executable), graph, flags)
             finally:
-                self._call_driver("cuGraphDestroy", graph)
+                self._calls.call("cuGraphDestroy", graph)
         assert executable.value is not None
         return executable.value
 
     def launch(self, graph: int, stream: int) -> None:
         """See Device."""
         with self._current("launch"):
-            self._call_driver("cuGraphLaunch", ctypes.c_void_p(graph), ctypes.c_void_p(stream))
+            self._calls.call("cuGraphLaunch", ctypes.c_void_p(graph), ctypes.c_void_p(stream))
 
     def release_graph(self, graph: int) -> None:
         """See Device."""
         with self._current("release_graph"):
-            self._call_driver("cuGraphExecDestroy", ctypes.c_void_p(graph))
-
-    def _call_driver(self, name: str, *arguments: Any) -> None:
-        """Call a function of CUDA's driver that PyCUDA lacks: those of graphs."""
-        error = getattr(self._library(), name)(*arguments)
-        if error == CUDA_ERROR_OUT_OF_MEMORY:
-            raise OutOfMemory(f"cuda:{self.index}: {name}: out of memory")
-        if error:
-            raise BackendError(f"cuda:{self.index}: {name}: error {error}")
-
-    def _library(self) -> Any:
-        if self._driver_library is None:
-            self._driver_library = load_driver()
-        return self._driver_library
+            self._calls.call("cuGraphExecDestroy", ctypes.c_void_p(graph))
 
     @contextmanager
     def _current(self, name: str) -> Iterator[None]:
@@ -419,13 +438,22 @@ class PyCudaDevice:
             self._driver.Context.pop()
 
 
+def _drop_streams(driver: Any, context: Any, streams: dict[int, Any]) -> None:
+    """Let go of streams while their context is current, without which PyCUDA only warns."""
+    context.push()
+    try:
+        streams.clear()
+    finally:
+        driver.Context.pop()
+
+
 CAPTURE_THREAD_LOCAL = ctypes.c_int(1)  # CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
 CUDA_ERROR_OUT_OF_MEMORY = 2
 STREAM_NON_BLOCKING = 1  # with the default stream, in which others work
 
 
 def load_driver() -> Any:
-    """Load CUDA's driver library, which PyCUDA has loaded already."""
+    """Load CUDA's driver library, which PyCUDA and cuda-python have loaded already."""
     return ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
 
 
