@@ -12,19 +12,17 @@ model's configuration, which a client gets from the server.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import os
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sdk import memory
-from sdk.backends.engine_cache import MAGIC, Key
+from sdk.backends.engine_cache import MAGIC, Key, parse_engine
 from sdk.bundle import Bundle, File, Stage, hash_file
 from sdk.errors import OptionError
 from sdk.onnx_locations import check_locations
@@ -172,7 +170,10 @@ def _add_plan(version: Path, engine: Path, stage: Stage, options: Options) -> _M
         raise ExportError(f"{engine}: cannot be read ({exc.strerror or exc})") from exc
     parameters: dict[str, str] = {}
     if data.startswith(MAGIC):
-        plan, key = _read_engine(engine, data)
+        try:
+            key, plan = parse_engine(data)
+        except ValueError as exc:
+            raise ExportError(f"{engine}: {exc}; let the runtime build it anew") from exc
         max_batch, window = _fit_profile(engine, key, stage, options)
         built_for = f"{key.library}, {key.gpu}, compute capability {key.capability}"
         parameters = {"sr_precision": key.precision, "sr_engine": built_for}
@@ -186,24 +187,6 @@ def _add_plan(version: Path, engine: Path, stage: Stage, options: Options) -> _M
         )
     (version / "model.plan").write_bytes(plan)
     return _Model("tensorrt_plan", "tensorrt", hash_file(version / "model.plan"), max_batch, window, parameters)
-
-
-def _read_engine(path: Path, data: bytes) -> tuple[bytes, Key]:
-    """Take an engine of the runtime's cache apart: its plan, and the key that it was built for."""
-    start = len(MAGIC) + 4
-    length = int.from_bytes(data[len(MAGIC) : start], "little")
-    plan = data[start + length :]
-    try:
-        header = json.loads(data[start : start + length])
-        key, digest = Key(**header["key"]), header["sha256"]
-        profile = tuple(tuple(map(int, shape)) for shape in key.profile)
-        if [len(shape) for shape in profile] != [4, 4, 4]:
-            raise ValueError(f"profile {profile}")
-    except (ValueError, TypeError, KeyError) as exc:
-        raise ExportError(f"{path}: not an engine of this version of sr-sdk ({exc!r:.200})") from exc
-    if digest != hashlib.sha256(plan).hexdigest():
-        raise ExportError(f"{path}: damaged, its SHA-256 differs; let the runtime build it anew")
-    return plan, replace(key, profile=profile)
 
 
 def _fit_profile(engine: Path, key: Key, stage: Stage, options: Options) -> tuple[int, int]:

@@ -82,7 +82,7 @@ def test_a_float_engine_that_is_wrong_fails_the_export(
 
 def test_no_half_precision_fails_the_export(behaviour: fake_tensorrt.Behaviour) -> None:
     behaviour.loses_half = True
-    with pytest.raises(BackendError, match="without one layer in fp16"):
+    with pytest.raises(BackendError, match="without one in fp16"):
         build_engines(Bundle.load(bundles.shared("unet")))
 
 

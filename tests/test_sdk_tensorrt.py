@@ -138,6 +138,25 @@ def test_tiles_share_batches_and_graphs(world: World, monkeypatch: pytest.Monkey
     assert {shape[0] for shape in captured} == {2}, "full batches only"
 
 
+def test_graphs_of_batches_that_alternate_are_not_made_again_and_again(
+    ten: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A lane has one graph: of pictures with a full batch and a remainder each, none lasts."""
+    in_windows(monkeypatch)
+    backend = open_backend("tensorrt", request())
+    full, rest = photo(64, 24).reshape(2, 32, 24, 3), photo(32, 24)[None]
+    for _ in range(100):
+        for batch in (full, full, full, full, rest):
+            backend.run(batch)
+    backend.close()
+    assert 1 <= sum(how == "capture" for _, _, how in ten.machine.runs) <= 10
+
+
+def test_the_profile_outlives_a_driver() -> None:
+    stage = Bundle.load(bundles.shared("unet")).stage()
+    assert choose_profile(stage, 24 << 30) == choose_profile(stage, (23 << 30) + 12345)
+
+
 def test_pictures_larger_than_the_profile_are_cut(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     in_windows(monkeypatch)
     image = photo(230, 130)
@@ -191,9 +210,14 @@ def test_half_precision_is_in_the_network(world: World) -> None:
 
 def test_an_engine_without_half_precision_is_refused(world: World, cache: Path) -> None:
     world.behaviour.loses_half = True
-    with pytest.raises(BackendError, match="without one layer in fp16"):
+    with pytest.raises(BackendError, match="without one in fp16"):
         on_gpu("unet", precision="fp16")
     assert not list(cache.glob("*.engine"))
+
+
+def test_a_network_that_became_one_layer_says_nothing(world: World) -> None:
+    world.behaviour.loses_half = world.behaviour.fuses_all = True
+    on_gpu("unet", precision="fp16").close()
 
 
 def test_an_engine_that_computes_nonsense_is_refused(world: World, cache: Path) -> None:
@@ -325,7 +349,9 @@ def test_devices_that_make_no_sense(ten: World, device: str) -> None:
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
 @pytest.mark.parametrize("kind", ["pipe", "link", "deep"])
-def test_what_is_no_engine_does_not_hold_the_program_up(ten: World, cache: Path, kind: str, tmp_path: Path) -> None:
+def test_what_is_no_engine_does_not_hold_the_program_up(
+    ten: World, cache: Path, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
     on_gpu().close()
     (path,) = cache.glob("*.engine")
     path.unlink()
@@ -338,6 +364,7 @@ def test_what_is_no_engine_does_not_hold_the_program_up(ten: World, cache: Path,
         path.write_bytes(engine_cache.MAGIC + len(text).to_bytes(4, "little") + text)
     on_gpu().close()
     assert len(ten.builds) == 2
+    assert caplog.text.count("built anew") == 1
 
 
 def test_files_that_cannot_be_locked(
@@ -381,8 +408,12 @@ def test_a_shape_beyond_the_profile(world: World, monkeypatch: pytest.MonkeyPatc
 
 
 def test_an_engine_for_many_gpus_serves_any(ten: World, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ten.machine.limit = 64 << 30
     tensorrt.open_backend(request(), BuildOptions(hardware_compatible=True, level=5)).close()
+    (path,) = cache.glob("*.engine")
+    assert header(path)[0]["built"]["level"] == 5
     monkeypatch.setattr(fake_cuda, "NAME", "Another GPU")
+    ten.machine.limit = 12 << 30
     on_gpu().close()
     assert len(ten.builds) == 1
     tensorrt.open_backend(request(), BuildOptions(rebuild=True)).close()
@@ -459,13 +490,12 @@ def test_two_processes_build_once(ten: World, monkeypatch: pytest.MonkeyPatch) -
     real = tensorrt.read_engine
     seen = threading.local()
 
-    def meet(path: Path, key: Any) -> bytes | None:
+    def meet(path: Path, key: Any, **options: Any) -> bytes | None:
+        found = real(path, key, **options)
         if not hasattr(seen, "first"):
             seen.first = True
-            found = real(path, key)
             begun.wait(5)  # both have seen that there is none
-            return found
-        return real(path, key)
+        return found
 
     monkeypatch.setattr(tensorrt, "read_engine", meet)
     with ThreadPoolExecutor(2) as pool:
@@ -484,6 +514,32 @@ def test_an_interrupted_build_leaves_nothing(ten: World, cache: Path, monkeypatc
             on_gpu()
     assert not [path for path in cache.iterdir() if path.suffix != ".lock"]
     on_gpu().close()
+
+
+def test_ctrl_c_ends_a_build(world: World, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be raised in any Python that TensorRT calls, where it must not leave that."""
+
+    def interrupted(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        if world.is_old:  # no monitor, but a logger
+            world.behaviour.interrupted = "some words"
+            patch.setattr(tensorrt_builder.Messages, "add", interrupted)
+        tensorrt.open_backend(request(), BuildOptions(progress=interrupted))
+    assert not list(cache.glob("*.engine"))
+
+
+def test_what_killed_builders_left_is_removed(ten: World, cache: Path) -> None:
+    on_gpu().close()
+    (path,) = cache.glob("*.engine")
+    old, new = path.with_name(f".{path.name}.12345678.part"), path.with_name(f".{path.name}.abcdef12.part")
+    for part in (old, new):
+        part.write_bytes(b"half an engine")
+    os.utime(old, (0, 0))
+    path.unlink()
+    on_gpu().close()
+    assert path.exists() and not old.exists() and new.exists(), "the new one may be another process's"
 
 
 def test_a_full_disk_costs_the_file_only(

@@ -25,8 +25,8 @@ LOG = logging.getLogger(__name__)
 MAX_THREADS = 1024
 PRECISIONS = ("auto", "fp32", "fp16", "bf16", "int8")
 
-CHECK_STRIDES = 8  # side of the picture that a new fp16 engine is checked with
-MIN_HALF_PSNR_DB = 35.0  # on that picture; the gate at export is 50, on photographs
+CHECK_STRIDES = 8  # side of the picture that a new engine is checked with
+MIN_PSNR_DB = {"fp16": 35.0, "int8": 20.0}  # on that picture; the gates at export are 50 and 38, on photographs
 
 # Name -> module. Each module has `open_backend(request) -> Backend`.
 MODULES = {"tensorrt": ".tensorrt", "onnxruntime": ".onnxruntime", "openvino": ".openvino"}
@@ -197,13 +197,13 @@ def _open(name: str, request: Request) -> Backend:
         if backend.precision == "fp16" and not backend.is_checked:
             reference = module.open_backend(replace(request, device=device, precision="fp32"))
             with closing(reference):
-                check_half(backend, reference, request.stage)
+                check_precision(backend, reference, request.stage)
         opened.append(backend)
     return opened[0] if len(opened) == 1 else Several(opened)
 
 
-def check_half(backend: Backend, reference: Backend, stage: Stage) -> float:
-    """Hold a new fp16 engine against fp32: NaN would come out of it as black pixels. Give their PSNR in dB.
+def check_precision(backend: Backend, reference: Backend, stage: Stage) -> float:
+    """Hold a new engine in few bits against fp32: NaN would come out as black pixels. Give their PSNR in dB.
 
     Raises: BackendError, and closes it, if they differ by more than rounding.
     """
@@ -213,10 +213,10 @@ def check_half(backend: Backend, reference: Backend, stage: Stage) -> float:
     picture = np.where(np.arange(side)[:, None, None] < side // 2, ramp, noise).astype(np.uint8)[None]
     error = backend.run(picture).astype(np.float32) - reference.run(picture)
     psnr = float(10 * np.log10(255**2 / max(float(np.square(error).mean()), 1e-6)))
-    if psnr < MIN_HALF_PSNR_DB:
+    if psnr < MIN_PSNR_DB[backend.precision]:
         backend.close()
         raise BackendError(
-            f"stage {stage.name!r} on {backend.name}, {backend.device} is wrong in fp16 ({psnr:.1f} dB to "
-            "fp32): use precision='fp32' or another stage"
+            f"stage {stage.name!r} on {backend.name}, {backend.device} is wrong in {backend.precision} "
+            f"({psnr:.1f} dB to fp32): use precision='fp32' or another stage"
         )
     return psnr

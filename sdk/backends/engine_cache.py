@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import hashlib
 import json
 import logging
@@ -17,7 +18,7 @@ import stat
 import sys
 import time
 from contextlib import AbstractContextManager, closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -29,6 +30,7 @@ FORMAT = 1
 MAX_HEADER_BYTES = 1 << 16
 MAX_FILE_BYTES = 8 << 30
 LOCK_POLL_S = 0.2
+STALE_S = 3600  # writing a file takes seconds
 
 
 @dataclass(frozen=True)
@@ -68,21 +70,21 @@ def engine_name(stage: str, key: Key) -> str:
     return f"{tame or 'stage'}-{key.precision}-{key.digest()[:20]}.engine"
 
 
-def read_engine(path: Path, key: Key) -> bytes | None:
+def read_engine(path: Path, key: Key, *, level: int = logging.WARNING) -> bytes | None:
     """Read the plan of an engine that was built for a key; None, and a line in the log, if it is not that."""
     try:
         with open(path, "rb", opener=_open_at_once) as stream:
             facts = os.fstat(stream.fileno())
             if not stat.S_ISREG(facts.st_mode) or facts.st_size > MAX_FILE_BYTES:
                 raise ValueError("not a file of an engine")
-            found, plan = _parse(stream.read(facts.st_size))
+            found, plan = parse_engine(stream.read(facts.st_size))
     except FileNotFoundError:
         return None
     except (OSError, ValueError, RecursionError, MemoryError) as exc:
-        LOG.warning("%s: not used and built anew (%s)", path, str(exc) or type(exc).__name__)
+        LOG.log(level, "%s: not used and built anew (%s)", path, str(exc) or type(exc).__name__)
         return None
-    if found != json.loads(json.dumps(asdict(key))):
-        LOG.warning("%s: built for something else, and built anew", path)
+    if found != key:
+        LOG.log(level, "%s: built for something else, and built anew", path)
         return None
     return plan
 
@@ -92,26 +94,40 @@ def _open_at_once(path: str, flags: int) -> int:
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOFOLLOW", 0))
 
 
-def _parse(data: bytes) -> tuple[dict[str, Any], bytes]:
+def parse_engine(data: bytes) -> tuple[Key, bytes]:
+    """Take the bytes of an engine's file apart: its key and its plan. Raises: ValueError for anything else."""
     if not data.startswith(MAGIC):
         raise ValueError("not an engine of sr-sdk")
     start = len(MAGIC) + 4
     length = int.from_bytes(data[len(MAGIC) : start], "little")
     if length > MAX_HEADER_BYTES:
         raise ValueError("damaged header")
-    header = json.loads(data[start : start + length])
+    try:
+        header = json.loads(data[start : start + length])
+    except ValueError as exc:  # also bytes that are no text
+        raise ValueError("damaged header") from exc
     plan = data[start + length :]
-    if not isinstance(header, dict) or header.get("format") != FORMAT or not isinstance(header.get("key"), dict):
+    if not isinstance(header, dict) or header.get("format") != FORMAT:
         raise ValueError("a header of another format")
     if header.get("sha256") != hashlib.sha256(plan).hexdigest():
         raise ValueError("damaged: its SHA-256 differs")
-    return header["key"], plan
+    try:
+        key = Key(**header["key"])
+        profile = tuple(tuple(map(int, shape)) for shape in key.profile)
+        if [len(shape) for shape in profile] != [4, 4, 4]:
+            raise ValueError(f"profile {profile}")
+        return replace(key, profile=profile, flags=tuple(map(str, key.flags))), plan
+    except (KeyError, TypeError, ValueError) as exc:
+        raise ValueError(f"a key of another format ({exc!r:.200})") from exc
 
 
-def write_engine(path: Path, key: Key, plan: bytes) -> None:
-    """Write an engine under its name, whole or not at all. Raises: BackendError if it cannot be written."""
+def write_engine(path: Path, key: Key, plan: bytes, *, built: dict[str, Any]) -> None:
+    """Write an engine under its name, whole or not at all. built: how, for who reads the header.
+
+    Raises: BackendError if it cannot be written.
+    """
     header = json.dumps(
-        {"format": FORMAT, "key": asdict(key), "sha256": hashlib.sha256(plan).hexdigest()}, indent=1
+        {"format": FORMAT, "key": asdict(key), "built": built, "sha256": hashlib.sha256(plan).hexdigest()}, indent=1
     ).encode()
     try:
         write_whole(path, MAGIC + len(header).to_bytes(4, "little") + header + plan)
@@ -120,7 +136,14 @@ def write_engine(path: Path, key: Key, plan: bytes) -> None:
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Write a file that appears under its name complete and on the disk, or not at all. Raises: OSError."""
+    """Write a file that appears under its name complete and on the disk, or not at all. Raises: OSError.
+
+    What a process that was killed has left of it earlier is removed.
+    """
+    for part in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+        with contextlib.suppress(OSError):
+            if time.time() - part.stat().st_mtime > STALE_S:
+                part.unlink()
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
         with open(temporary, "xb") as stream:

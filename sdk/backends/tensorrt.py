@@ -19,7 +19,7 @@ import numpy as np
 from .. import memory
 from ..bundle import Stage
 from ..errors import BackendError, BackendUnavailable, OutOfMemory
-from . import Backend, Request, Transfer, check_half, check_request
+from . import Backend, Request, Transfer, check_precision, check_request
 from .cuda import Device, open_device
 from .engine_cache import Key, cache_dir, engine_name, lock, read_engine, write_engine
 from .forking import spared
@@ -33,6 +33,8 @@ LANES = 2  # one computes while the other copies
 BATCHES = (8, 4, 2, 1)
 ROOMY_SIDE = 1024  # windows are at least as large before batches grow: tiles of small ones are little but halo
 MEMORY_SHARE = 8  # of the GPU's memory, one part for a lane's activations
+COMPATIBLE_BYTES = 8 << 30  # memory of the GPU that an engine for many GPUs is made for
+MAX_PATIENCE = 64  # runs of one shape that a lane waits for before another graph, where graphs do not last
 
 
 def open_backend(request: Request, options: BuildOptions = BuildOptions()) -> TensorRtBackend:  # noqa: B008
@@ -58,11 +60,11 @@ def open_backend(request: Request, options: BuildOptions = BuildOptions()) -> Te
     share, smallest = gpu.facts().total_bytes, choose_profile(request.stage, 0)
     with gpu.current():
         while True:
-            profile = choose_profile(request.stage, share)
+            opening = _Opening(trt, gpu, request, share, options)
             try:
-                return _Opening(trt, gpu, request, profile, options).open()
+                return opening.open()
             except OutOfMemory as exc:  # others use the GPU too
-                if profile == smallest:
+                if opening.profile == smallest:
                     raise
                 LOG.warning("trying again with an engine for smaller windows: %s", exc)
                 share //= 4
@@ -99,7 +101,12 @@ def open_reference(request: Request, options: BuildOptions = BuildOptions()) -> 
 
 
 def choose_profile(stage: Stage, total_bytes: int) -> Profile:
-    """Choose how large windows and batches may be, from a GPU's memory: the same for a GPU whenever it is asked."""
+    """Choose how large windows and batches may be, from a GPU's memory.
+
+    Drivers differ in how much of a GPU's memory they show; what they show is rounded down to a power of two, so that an
+    engine outlives them.
+    """
+    total_bytes = 1 << total_bytes.bit_length() >> 1
     stride, halo = stage.stride, stage.context(error=1)
     real_bytes = int(stage.activation_bytes * memory.REAL_SHARE)
     comfortable = max(memory.DEVICE_COMFORTABLE_BYTES // real_bytes, (memory.COMFORTABLE_HALOS * halo) ** 2)
@@ -115,26 +122,31 @@ def choose_profile(stage: Stage, total_bytes: int) -> Profile:
 class _Opening:
     """Finds an engine on disk, or builds and checks one and keeps it."""
 
-    def __init__(self, trt: Any, gpu: Device, request: Request, profile: Profile, options: BuildOptions):
-        self._trt, self._gpu, self._request, self._profile, self._options = trt, gpu, request, profile, options
+    def __init__(self, trt: Any, gpu: Device, request: Request, share: int, options: BuildOptions):
+        self._trt, self._gpu, self._request, self._options = trt, gpu, request, options
         self._graph = request.stage.graph(precision=request.precision, ends=request.ends)
+        own, common = (choose_profile(request.stage, size) for size in (share, min(share, COMPATIBLE_BYTES)))
+        self.profile = common if options.hardware_compatible else own
+        self._candidates = [self._key(own, compatible=False)] * (not options.hardware_compatible)
+        self._candidates.append(self._key(common, compatible=True))
 
     def open(self) -> TensorRtBackend:
         """Give the engine, from the disk where it is there."""
-        key = self._key(compatible=self._options.hardware_compatible)
+        key = self._candidates[0]
         path = self._path(key)
         if path is None:
             return self._build(None)[0]
         if not self._options.rebuild:
-            for candidate in (key, self._key(compatible=True)):
+            for candidate in self._candidates:
                 if found := self._from_disk(path.with_name(self._name(candidate)), candidate):
                     return found
         with self._lock(path):  # another process may be at it
-            if not self._options.rebuild and (found := self._from_disk(path, key)):
+            if not self._options.rebuild and (found := self._from_disk(path, key, level=logging.DEBUG)):
                 return found
             backend, plan = self._build(path.with_name(self._timing_cache()))
             try:
-                write_engine(path, key, plan)
+                built = {"level": self._options.level, "workspace_mib": self._options.workspace_mib}
+                write_engine(path, key, plan, built=built)
             except BackendError as exc:
                 if self._options.must_keep:
                     raise
@@ -152,7 +164,7 @@ class _Opening:
     def _lock(self, path: Path) -> AbstractContextManager[Any]:
         """Lock an engine's file; where that cannot be, two processes may build the same."""
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)  # engines hold code: none of others'
             return lock(path)
         except OSError as exc:
             self._not_kept(exc)
@@ -173,7 +185,7 @@ class _Opening:
     def _name(self, key: Key) -> str:
         return engine_name(self._request.stage.name, key)
 
-    def _key(self, *, compatible: bool) -> Key:
+    def _key(self, profile: Profile, *, compatible: bool) -> Key:
         facts = self._gpu.facts()
         return Key(
             onnx=self._graph.file.sha256,
@@ -183,12 +195,12 @@ class _Opening:
             capability="8.0 or more" if compatible else facts.capability,
             precision=self._request.precision,
             ends=self._request.ends,
-            profile=self._profile.shapes(),
+            profile=profile.shapes(),
             flags=("hardware_compatible",) if compatible else (),
         )
 
-    def _from_disk(self, path: Path, key: Key) -> TensorRtBackend | None:
-        plan = read_engine(path, key)
+    def _from_disk(self, path: Path, key: Key, *, level: int = logging.WARNING) -> TensorRtBackend | None:
+        plan = read_engine(path, key, level=level)
         if plan is None:
             return None
         engines = self._load(plan)
@@ -196,7 +208,8 @@ class _Opening:
             _, messages = logger(self._trt)
             LOG.warning("%s: TensorRT refuses it (%s); it is built anew", path, messages.clear())
             return None
-        return self._backend(engines)
+        *_, (batch, side, *_) = key.profile
+        return self._backend(engines, Profile(self._request.stage.stride, batch, side))
 
     def _load(self, plan: bytes) -> list[Any]:
         """Make an engine for each lane of a plan, the same where they can share it; none if TensorRT refuses it."""
@@ -215,7 +228,7 @@ class _Opening:
         )  # fmt: skip
         float_graph = folder / request.stage.graph(precision="fp32", ends="float32").file.name
         plan = build(
-            self._trt, folder / self._graph.file.name, self._profile,
+            self._trt, folder / self._graph.file.name, self.profile,
             precision=request.precision, ends=request.ends, float_graph=float_graph, timing_cache=timing_cache,
             options=self._options,
         )  # fmt: skip
@@ -224,34 +237,41 @@ class _Opening:
             _, messages = logger(self._trt)
             raise messages.error("the engine that was just built is refused")
         check_types(self._trt, engines[0], request.precision)
-        backend = self._backend(engines)
-        if request.precision == "fp16":
+        backend = self._backend(engines, self.profile)
+        if request.precision != "fp32":
             with closing(open_reference(request, self._options)) as reference:
-                psnr = check_half(backend, reference, request.stage)
-            LOG.info("stage %s: fp16 is %.1f dB from fp32 on %s", request.stage.name, psnr, reference.engine)
+                psnr = check_precision(backend, reference, request.stage)
+            LOG.info(
+                "stage %s: %s is %.1f dB from fp32 on %s",
+                request.stage.name, request.precision, psnr, reference.engine,
+            )  # fmt: skip
         return backend, plan
 
-    def _backend(self, engines: list[Any]) -> TensorRtBackend:
+    def _backend(self, engines: list[Any], profile: Profile) -> TensorRtBackend:
         request = self._request
-        return TensorRtBackend(
-            self._trt, self._gpu, engines, self._profile, scale=request.scale, precision=request.precision
-        )
+        return TensorRtBackend(self._trt, self._gpu, engines, profile, scale=request.scale, precision=request.precision)
 
 
 class _Lane(Lane):
-    """context: TensorRT's, with its own activations. ready: the shape that it is set to. graph: of that, or None."""
+    """context: TensorRT's, with its own activations. ready: the shape that it is set to. graph: of that, or None.
+
+    runs: so many of that shape in a row. patience: so many are waited for before a graph is made.
+    """
 
     def __init__(self, device: Device, context: Any):
         super().__init__(device)
         self.context = context
         self.ready: tuple[int, ...] | None = None
         self.graph: int | None = None
+        self.runs, self.patience = 0, 1
 
     def forget(self) -> None:
-        """See Lane."""
+        """See Lane. A graph that was soon of no use is followed by a later one."""
         if self.graph is not None:
             self._device.release_graph(self.graph)
+            self.patience = min(2 * self.patience, MAX_PATIENCE) if self.runs < MAX_PATIENCE else 1
         self.ready = self.graph = None
+        self.runs = 0
 
     def close(self) -> None:
         """See Lane."""
@@ -314,7 +334,8 @@ class TensorRtBackend(GpuBackend[_Lane]):
             self._compute(lane, shape)  # also what a capture needs to have been done before
             lane.ready = shape
             return
-        if lane.graph is None and comes_again and self._captures:
+        lane.runs += 1
+        if lane.graph is None and comes_again and self._captures and lane.runs >= lane.patience:
             self._capture(lane, shape)
         if lane.graph is None:
             self._compute(lane, shape)

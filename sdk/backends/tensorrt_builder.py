@@ -6,13 +6,14 @@ typed it is, elsewhere the FP16 flag allows what the graph says, and a look into
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import logging
 import re
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,26 @@ class Messages:
 
     def __init__(self) -> None:
         self._local = threading.local()
+        self._raised: BaseException | None = None
+
+    @contextlib.contextmanager
+    def hold(self) -> Iterator[None]:
+        """Keep what is raised in a function that TensorRT calls, Ctrl-C too: it would end the process in C++."""
+        try:
+            yield
+        except BaseException as exc:
+            self._raised = exc
+
+    @property
+    def is_interrupted(self) -> bool:
+        """Tell whether something is held."""
+        return self._raised is not None
+
+    def raise_held(self) -> None:
+        """Raise what was held, if anything was."""
+        raised, self._raised = self._raised, None
+        if raised is not None:
+            raise raised
 
     def add(self, line: str) -> None:
         """Keep an error."""
@@ -105,9 +126,10 @@ def logger(trt: Any) -> tuple[Any, Messages]:
             trt.ILogger.__init__(self)
 
         def log(self, level: Any, message: str) -> None:
-            if level in (severity.INTERNAL_ERROR, severity.ERROR):
-                messages.add(message)
-            LOG.debug("TensorRT: %s", message)
+            with messages.hold():
+                if level in (severity.INTERNAL_ERROR, severity.ERROR):
+                    messages.add(message)
+                LOG.debug("TensorRT: %s", message)
 
     return Logger(), messages
 
@@ -147,6 +169,7 @@ def build(
         LOG.warning("%s: times of another GPU or version, measured anew", timing_cache)
         config.set_timing_cache(config.create_timing_cache(b""), False)
     plan = builder.build_serialized_network(network, config)
+    messages.raise_held()
     if plan is None:
         raise messages.error(f"{graph.name}: no engine could be built")
     times = config.get_timing_cache()
@@ -265,12 +288,13 @@ def _configure(trt: Any, config: Any, options: BuildOptions) -> None:
         if not hasattr(config, "hardware_compatibility_level"):
             raise OptionError(f"tensorrt {trt.__version__} builds for the GPU at hand only")
         config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
-    if options.progress and hasattr(trt, "IProgressMonitor"):
+    if hasattr(trt, "IProgressMonitor"):
         config.progress_monitor = _monitor(trt, options.progress)
 
 
-def _monitor(trt: Any, progress: Progress) -> Any:
-    """Make TensorRT's progress monitor: of its outermost phases."""
+def _monitor(trt: Any, progress: Progress | None) -> Any:
+    """Make TensorRT's progress monitor: of its outermost phases. It also ends a build that Ctrl-C interrupts."""
+    _, messages = logger(trt)
 
     class Monitor(trt.IProgressMonitor):
         def __init__(self) -> None:
@@ -278,16 +302,19 @@ def _monitor(trt: Any, progress: Progress) -> Any:
             self._phases: dict[str, int] = {}
 
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
-            if not parent_phase:
-                self._phases[phase_name] = num_steps
+            with messages.hold():
+                if not parent_phase:
+                    self._phases[phase_name] = num_steps
 
         def step_complete(self, phase_name: str, step: int) -> bool:
-            if phase_name in self._phases:
-                progress(phase_name, step + 1, self._phases[phase_name])
-            return True
+            with messages.hold():
+                if progress and phase_name in self._phases:
+                    progress(phase_name, step + 1, self._phases[phase_name])
+            return not messages.is_interrupted
 
         def phase_finish(self, phase_name: str) -> None:
-            self._phases.pop(phase_name, None)
+            with messages.hold():
+                self._phases.pop(phase_name, None)
 
     return Monitor()
 
@@ -333,22 +360,31 @@ def shares_profiles(trt: Any) -> bool:
 def check_types(trt: Any, engine: Any, precision: str) -> None:
     """Look into an engine for the precision that it was built for.
 
-    Raises: BackendError if no layer computes in it.
+    Layers that the optimiser of newer versions has made one show their ends only: nothing is said about those.
+    Raises: BackendError if no convolution, or where none has that name no layer, computes in it.
     """
     if precision not in TYPES:
         return
     text = engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
     try:
         layers = json.loads(text)["Layers"]
-        found = [layer for layer in layers if _has_type(layer, TYPES[precision])]
+        convolutions = [layer for layer in layers if "conv" in _kind(layer)]
+        found = [layer for layer in convolutions or layers if _has_type(layer, TYPES[precision])]
+        is_opaque = any("myelin" in _kind(layer) or "foreign" in _kind(layer) for layer in layers)
     except (ValueError, KeyError, TypeError) as exc:
         raise BackendError(f"tensorrt {trt.__version__} does not tell the types of its layers ({exc!r})") from exc
-    if not found:
+    if not found and not is_opaque:
         raise BackendError(
-            f"tensorrt {trt.__version__} built an engine without one layer in {precision} of {len(layers)}; "
+            f"tensorrt {trt.__version__} built an engine of {len(layers)} layers without one in {precision}; "
             "export again, or use precision='fp32'"
         )
-    LOG.info("tensorrt: %d of %d layers in %s", len(found), len(layers), precision)
+    LOG.info("tensorrt: %d of %d layers in %s", len(found), len(convolutions or layers), precision)
+
+
+def _kind(layer: Any) -> str:
+    """Give what a layer is, in small letters; versions differ in where they say it."""
+    facts = (layer.get("LayerType"), layer.get("ParameterType"), layer.get("Name")) if isinstance(layer, dict) else ()
+    return " ".join(str(fact) for fact in facts).lower()
 
 
 def _has_type(layer: dict[str, Any], pattern: re.Pattern[str]) -> bool:
