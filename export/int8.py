@@ -19,6 +19,7 @@ from onnx import TensorProto, numpy_helper
 from PIL import Image
 
 from sdk import files
+from sdk.backends.folding import fold_casts
 
 from .errors import ExportError
 from .parity import MIN_PSNR_DB, compare, on_grid
@@ -149,7 +150,8 @@ def quantise(
     Returns: the names of the modules left in float, and what the graph reaches.
     Raises: ExportError if more than MAX_FLOAT_SHARE of the convolutions would have to stay in float, or all.
     """
-    plain = _fold_casts(onnx.load(source))
+    plain = onnx.load(source)
+    fold_casts(plain)
     convolutions = {node.name: node for node in plain.graph.node if node.op_type == "Conv"}
     weights = {tensor.name: tensor for tensor in plain.graph.initializer}
     names = [name for name, node in convolutions.items() if _channels(node, weights[node.input[1]]) > PICTURE_CHANNELS]
@@ -199,24 +201,6 @@ def _drop_costliest(
             )
         quality = measure(kept, yardstick.measure)
     return [name for name in names if name in kept], quality
-
-
-def _fold_casts(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Turn fp16 weights with a Cast behind each into plain fp32 ones."""
-    graph = model.graph
-    halves = {tensor.name: tensor for tensor in graph.initializer}
-    nodes = []
-    for node in graph.node:
-        if node.op_type == "Cast" and node.input[0] in halves:
-            tensor = halves[node.input[0]]
-            graph.initializer.remove(tensor)
-            values = numpy_helper.to_array(tensor).astype(np.float32)
-            graph.initializer.append(numpy_helper.from_array(values, node.output[0]))
-        else:
-            nodes.append(node)
-    del graph.node[:]
-    graph.node.extend(nodes)
-    return model
 
 
 def _quantise_all(

@@ -16,6 +16,7 @@ from typing import Any
 
 import fake_cuda
 import numpy as np
+import onnx
 
 DATA = Path(__file__).parent / "data"
 VERSIONS = ("8.5.3.1", "10.16.1.11", "11.4.0.106")
@@ -42,6 +43,19 @@ class Behaviour:
     interrupted: str = ""  # what the builder says when Ctrl-C comes
     builds: list[dict[str, Any]] = field(default_factory=list)
     activation_bytes: int = 1000
+
+
+def computed_weights(model: onnx.ModelProto) -> str:
+    """Say what TensorRT does of weights that are neither constants nor floating-point ones behind a Q/DQ pair."""
+    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    makers = {node.output[0]: node for node in model.graph.node}
+    for node in model.graph.node:
+        if node.op_type == "DequantizeLinear" and node.input[0] in constants:
+            return f"{node.name}: only activation types allowed as input to this layer."
+        is_computed = node.op_type in ("Conv", "ConvTranspose") and node.input[1] not in constants
+        if is_computed and makers[node.input[1]].op_type != "DequantizeLinear":
+            return f"{node.name}: two inputs (data and weights) are allowed only in explicit-quantization mode."
+    return ""
 
 
 def module(machine: fake_cuda.Machine, version: str, onnxruntime: Any, behaviour: Behaviour) -> Any:
@@ -199,11 +213,13 @@ def module(machine: fake_cuda.Machine, version: str, onnxruntime: Any, behaviour
         def __init__(self, network: Any, log: Any) -> None:
             self._network, self._log, self._errors = network, log, []
 
-        def parse_from_file(self, path: str) -> bool:
-            session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        def parse(self, data: bytes, path: str) -> bool:
+            session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
             (given,), (result,) = session.get_inputs(), session.get_outputs()
             is_uint8 = "uint8" in given.type
-            text = behaviour.parse_error or ("Unsupported type UINT8" if behaviour.refuses_uint8 and is_uint8 else "")
+            text = behaviour.parse_error or computed_weights(onnx.load_from_string(data))
+            if behaviour.refuses_uint8 and is_uint8:
+                text = "Unsupported type UINT8"
             if text:
                 self._errors = [ParserError(text)]
                 say(self._log, text)

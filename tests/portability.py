@@ -152,10 +152,25 @@ def _words(node: NodeProto, graph: Graph) -> list[str]:
         found += ["dilations"] if set(given.get("dilations", [1])) != {1} else []
         found += ["a second output"] if len(node.output) > 1 else []
         found += [f"kernel {given['kernel_shape']}"] if len(given["kernel_shape"]) not in (2, 3) else []
+    if node.op_type in ("Conv", "ConvTranspose"):
+        found += _weights(node.input[1], graph)
     number = CONSTANT_INPUTS.get(node.op_type, len(node.input))
     for name in node.input[number : number + 1]:
         found += [f"{name} is computed"] if name not in {"", *graph.constants} else []
     return found
+
+
+def _weights(name: str, graph: Graph) -> list[str]:
+    """Look for weights that are neither constants nor, behind a pair of Q and DQ, floating-point ones."""
+    if name in graph.constants:
+        return []
+    makers = {node.output[0]: node for node in graph.proto.node}
+    for kind in ("DequantizeLinear", "QuantizeLinear"):
+        node = makers.get(name)
+        if node is None or node.op_type != kind:  # also an 8-bit constant behind DequantizeLinear alone
+            return [f"weights {name} are computed"]
+        name = node.input[0]
+    return [] if name in graph.constants else [f"weights {name} are computed"]
 
 
 def _zero_points(node: NodeProto, graph: Graph) -> list[str]:

@@ -25,6 +25,7 @@ OPTIONAL = {
     "sdk/backends/onnxruntime.py": {"onnxruntime"},
     "sdk/backends/openvino.py": {"openvino"},
     "sdk/backends/tensorrt.py": {"tensorrt"},
+    "sdk/backends/folding.py": {"onnx"},
     "sdk/vips.py": {"pyvips"},
     "sdk/video": {"av"},
     "sdk/cli.py": {"click"},

@@ -14,6 +14,7 @@ import pytest
 import torch
 from onnx import TensorProto, numpy_helper
 from PIL import Image
+from portability import PARSERS, problems
 from torch import nn
 
 from export import int8, parity
@@ -22,6 +23,7 @@ from export.errors import ExportError
 from export.to_onnx import IR_VERSION, OPSET
 from sdk import BackendUnavailable, Bundle, Upscaler
 from sdk.backends import Request, open_backend
+from sdk.backends.folding import read_folded
 from sdk.backends.onnxruntime import OnnxRuntimeBackend
 from train.models import Network, build_model
 from train.recipe import ModelConfig
@@ -78,6 +80,20 @@ def test_all_convolutions_but_the_first_multiply_eight_bits(bundle, graph):
             assert tensors[weights.input[0]].data_type == TensorProto.INT8
             scales = numpy_helper.to_array(tensors[weights.input[1]])
             assert scales.shape == (tensors[weights.input[0]].dims[0],)  # one for each output channel
+
+
+def test_tensorrt_is_given_what_it_takes_and_computes_the_same(bundle, make_photo):
+    """Floating-point weights behind pairs, which no old parser refuses."""
+    path = bundle.folder / bundle.stage().graph(precision="int8", ends="uint8").file.name
+    folded = read_folded(path)
+    for parser in PARSERS:
+        assert problems(onnx.load_from_string(folded), parser) == []
+    picture = make_photo(STRIDE * 5, STRIDE * 3)[None]
+    results = []
+    for source in (folded, str(path)):
+        session = onnxruntime.InferenceSession(source, providers=["CPUExecutionProvider"])
+        results += session.run(None, {session.get_inputs()[0].name: picture})
+    assert np.abs(results[0].astype(int) - results[1]).max() <= 1
 
 
 def test_zero_points_are_zero_and_signed(graph):

@@ -22,6 +22,7 @@ import numpy as np
 
 from ..errors import BackendError, BackendUnavailable, OptionError, OutOfMemory
 from .engine_cache import write_whole
+from .folding import read_folded
 
 LOG = logging.getLogger(__name__)
 WORKSPACE_MIB = 2048
@@ -199,7 +200,7 @@ def _parse(trt: Any, builder: Any, graph: Path, *, ends: str, float_graph: Path)
         flags |= 1 << int(creation.EXPLICIT_BATCH)
     network = builder.create_network(flags)
     parser = trt.OnnxParser(network, log)
-    if parser.parse_from_file(str(graph)):
+    if parser.parse(read_folded(graph), str(graph)):
         return network, is_typed
     said = _parser_errors(trt, parser)
     if ends != "uint8" or is_typed or "uint8" not in said.lower():
@@ -207,7 +208,7 @@ def _parse(trt: Any, builder: Any, graph: Path, *, ends: str, float_graph: Path)
     LOG.info("tensorrt %s: 8-bit ends are attached by hand", trt.__version__)
     network = builder.create_network(flags)
     parser = trt.OnnxParser(network, log)
-    if not parser.parse_from_file(str(float_graph)):
+    if not parser.parse(read_folded(float_graph), str(float_graph)):
         raise BackendError(f"tensorrt {trt.__version__} cannot read {float_graph.name}: {_parser_errors(trt, parser)}")
     _attach_uint8_ends(trt, network)
     return network, is_typed
