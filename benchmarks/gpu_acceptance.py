@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ import numpy as np
 from sdk import BackendUnavailable, Bundle, BundleError, OutOfMemory, Upscaler, files
 from sdk.backends import Backend, DeviceBackend, Request, open_backend
 from sdk.backends.cuda import Buffer, open_device
+from sdk.backends.engine_cache import parse_engine, write_engine
 from sdk.backends.tensorrt import engine_dir
 from sdk.bundle import shipped_models
 
@@ -39,11 +41,13 @@ PRECISIONS = ("fp32", "fp16")
 MIN_PSNR_DB = {"fp32": 60.0, "fp16": 50.0}
 MAX_SEAM = {"fp32": 1, "fp16": 3}  # code values: half precision rounds other windows otherwise
 CROP = 256
-SHAPES = ((1, 256, 256), (1, 512, 512), (4, 256, 256), (1, 1024, 1024))
+SHAPES = ((1, 256, 256), (2, 256, 256), (4, 256, 256), (8, 256, 256), (1, 512, 512), (1, 1024, 1024), (4, 1024, 1024))
 PROTOCOL = (
     "Times: median of the repeats, of one batch each. device: input and output stay on the GPU; host: from a uint8 "
-    "array to a uint8 array, page-locked staging included. Ceilings are measured in the same run. PSNR: of "
-    "photographs, against ONNX Runtime's CPU provider in fp32."
+    "array to a uint8 array, page-locked staging included. Throughput: megapixels of output a second, host to host, as "
+    "many batches at once as the engine has lanes. taken_mib: of the GPU's memory, by the engine and its buffers after "
+    "the shape. Ceilings are measured in the same run. PSNR: of photographs, against ONNX Runtime's CPU provider in "
+    "fp32."
 )
 GIB = 1 << 30
 
@@ -125,7 +129,8 @@ def measure(
     report: Report,
 ) -> dict[str, Any]:
     """Check and time every engine on every model; give the result's JSON form."""
-    head = result_head("gpu", protocol=PROTOCOL) | {"ceilings": measure_ceilings(options.device, report)}
+    head = result_head("gpu", protocol=PROTOCOL, command="python -m benchmarks.gpu_acceptance")
+    head["ceilings"] = measure_ceilings(options.device, report)
     for model in models:
         for stage in Bundle.load(model).manifest.stages:
             for engine in ENGINES:
@@ -182,9 +187,7 @@ def accept(
 
     if engine == "tensorrt":
         check_cache(opened, facts, report)
-    free = gpu.free_bytes()
     with opened() as upscaler:
-        taken = free - gpu.free_bytes()
         name = Bundle.load(model).manifest.name
         results = {key: upscaler.upscale(picture) for key, picture in pictures.items()}
         worst = min(psnr(result, reference[f"{name}/{stage}/{key}"]) for key, result in results.items())
@@ -206,11 +209,31 @@ def accept(
         report.check("little memory", error <= MAX_SEAM[precision], **facts, max_error=error, retries=retries)
     bundle = Bundle.load(model)
     request = Request(bundle.folder, bundle.stage(stage), bundle.manifest.scale, "uint8", device, precision)
-    with closing(open_backend(engine, request)) as backend:
-        for shape in SHAPES:
-            with report.part(f"{facts} {shape}"):
-                times = time_backend(backend, (*shape, 3), options.device, repeats=options.repeats)
-                report.time(engine, **facts, shape=list(shape), taken_mib=taken >> 20, **times)
+    for graphs in (True, False):
+        with cuda_graphs(graphs), report.part(f"{facts} times"):
+            free = gpu.free_bytes()
+            with closing(open_backend(engine, request)) as backend:
+                for shape in SHAPES:
+                    if fits(shape, backend):
+                        times = time_backend(backend, (*shape, 3), options.device, repeats=options.repeats)
+                        taken = (free - gpu.free_bytes()) >> 20
+                        report.time(engine, **facts, graphs=graphs, shape=list(shape), taken_mib=taken, **times)
+
+
+def fits(shape: tuple[int, int, int], backend: Backend) -> bool:
+    """Tell whether a batch is inside what an engine was built for."""
+    count, *sides = shape
+    return count <= (backend.max_batch or count) and max(sides) <= (backend.max_side or max(sides))
+
+
+@contextmanager
+def cuda_graphs(on: bool) -> Iterator[None]:
+    """Let engines that are opened meanwhile make CUDA graphs, or not."""
+    os.environ["SR_CUDA_GRAPHS"] = str(int(on))
+    try:
+        yield
+    finally:
+        del os.environ["SR_CUDA_GRAPHS"]
 
 
 def check_cache(opened: Callable[[], Upscaler], facts: dict[str, str], report: Report) -> None:
@@ -234,6 +257,12 @@ def check_cache(opened: Callable[[], Upscaler], facts: dict[str, str], report: R
             path.write_bytes(path.read_bytes()[:-1])
         open_timed()
         report.check("damaged, built anew", stamps() != built, **facts)
+        for path in built:
+            key, plan = parse_engine(path.read_bytes())
+            write_engine(path, replace(key, gpu="another GPU"), plan, built={})
+        mismatched = stamps()
+        open_timed()
+        report.check("of another GPU, built anew", stamps() != mismatched, **facts)
 
 
 def time_backend(backend: Backend, shape: tuple[int, ...], device: int, *, repeats: int) -> dict[str, float]:
@@ -245,11 +274,17 @@ def time_backend(backend: Backend, shape: tuple[int, ...], device: int, *, repea
     def stay(*_: Any) -> None:
         """Leave the data where it is."""
 
+    host_ms = median_ms(lambda: backend.run(batch), repeats=repeats)
+    device_ms = median_ms(lambda: on_device.run_on_device(shape, batch.dtype, stay, stay), repeats=repeats)
+    count = repeats * backend.lanes
+    with ThreadPoolExecutor(backend.lanes) as pool:
+        start = time.perf_counter()
+        sizes = [result.size for result in pool.map(backend.run, [batch] * count)]
+        seconds = time.perf_counter() - start
     return {
-        "host_ms": round(median_ms(lambda: backend.run(batch), repeats=repeats), 4),
-        "device_ms": round(
-            median_ms(lambda: on_device.run_on_device(shape, batch.dtype, stay, stay), repeats=repeats), 4
-        ),
+        "host_ms": round(host_ms, 4),
+        "device_ms": round(device_ms, 4),
+        "mp_per_s": round(sum(sizes) / 3 / seconds / 1e6, 1),
     }
 
 

@@ -17,12 +17,12 @@ from .machine import machine_facts
 SCHEMA = 1
 
 
-def result_head(kind: str, *, protocol: str) -> dict[str, Any]:
+def result_head(kind: str, *, protocol: str, command: str = "sr-bench") -> dict[str, Any]:
     """Give the fields that every result starts with. kind: "latency" or "quality"."""
     return {
         "schema": SCHEMA,
         "kind": kind,
-        "command": shlex.join(["sr-bench", *map(_without_folder, sys.argv[1:])]),
+        "command": f"{command} " + shlex.join(map(_without_folder, sys.argv[1:])),
         "machine": machine_facts(),
         "protocol": protocol,
     }

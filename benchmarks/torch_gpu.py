@@ -47,6 +47,7 @@ def time_network(
             x = picture.to(torch.float16 if half else torch.float32) / 255
             if channels_last:
                 network, x = (item.to(memory_format=torch.channels_last) for item in (network, x))
+            torch._dynamo.reset()  # else the second shape would be compiled for any
             run: Any = torch.compile(network, dynamic=False) if compiled else network
             with torch.inference_mode():
                 milliseconds = _median_ms(torch, partial(run, x, scale), repeats)

@@ -30,7 +30,7 @@ def behaviour(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> fake_tensorrt.
     monkeypatch.setitem(sys.modules, "tensorrt", fake_tensorrt.module(machine, "10.16.1.11", onnxruntime, made))
     monkeypatch.setattr(gpu_acceptance, "GIB", 1 << 20)
     monkeypatch.setattr(gpu_acceptance, "CROP", 96)
-    monkeypatch.setattr(gpu_acceptance, "SHAPES", ((1, 64, 64), (2, 32, 64)))
+    monkeypatch.setattr(gpu_acceptance, "SHAPES", ((1, 64, 64), (2, 32, 64), (3, 64, 64)))
     monkeypatch.setattr(tensorrt, "choose_profile", lambda stage, total: Profile(stage.stride, 2, 288))
     return made
 
@@ -50,9 +50,12 @@ def test_everything_is_checked_and_timed(behaviour: fake_tensorrt.Behaviour, tmp
     names = {(row["check"], row["precision"]) for row in result["checks"]}
     checks = ("built once", "parity", "tiled is untiled", "8 threads", "little memory")
     assert names >= {(check, precision) for check in checks for precision in ("fp32", "fp16")}
-    assert ("damaged, built anew", "fp32") in names
+    assert {("damaged, built anew", "fp32"), ("of another GPU, built anew", "fp32")} <= names
     rows = [row for row in result["timings"] if row["contestant"] == "tensorrt"]
-    assert len(rows) == 4 and all(row["host_ms"] > 0 and row["device_ms"] > 0 for row in rows)
+    cases = {(row["precision"], row["graphs"], *row["shape"]) for row in rows}
+    assert len(rows) == len(cases) == 8, "every shape but the one beyond the profile"
+    assert all(min(row["host_ms"], row["device_ms"], row["mp_per_s"]) > 0 for row in rows)
+    assert result["command"].startswith("python -m benchmarks.gpu_acceptance ")
     assert result["ceilings"]["gpu"] == fake_cuda.NAME and result["ceilings"]["copy_gb_per_s"] > 0
     told = {row["part"] for row in result["skipped"]}
     assert "matrix rate" in told and any("onnxruntime" in part for part in told), "neither runs on these GPUs"
