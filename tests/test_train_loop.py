@@ -197,12 +197,12 @@ def test_init_starts_from_another_runs_weights(
 def test_init_refuses_another_network_and_an_empty_run(photo_folder: Path, tmp_path: Path) -> None:
     source = make_trainer(photo_folder, tmp_path / "source", max_steps=1)
     source.begin()
-    wider = recipe_from_dict(TINY | {"model": {"options": {"channels": 16, "blocks": [1, 1, 1]}}})
+    narrower = recipe_from_dict(TINY | {"model": {"options": {"channels": 4, "blocks": [1, 1, 1]}}})
     with pytest.raises(CheckpointError, match="no stage of this run is finished"):
         make_trainer(photo_folder, tmp_path / "run").start_from_run(tmp_path / "source")
     source.train()
     with pytest.raises(CheckpointError, match=r"do not fit this recipe's network \(fast\): 31 of 32 tensors differ"):
-        make_trainer(photo_folder, tmp_path / "run", recipe=wider).start_from_run(tmp_path / "source")
+        make_trainer(photo_folder, tmp_path / "run", recipe=narrower).start_from_run(tmp_path / "source")
 
 
 def bad_loss(value: float) -> Any:

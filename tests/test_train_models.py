@@ -252,3 +252,24 @@ def test_encoder_weights_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     (tmp_path / RESNET34_FILE).write_bytes(b"not safetensors")
     with pytest.raises(WeightsError, match="not a readable safetensors file"):
         build_perceptual_unet(scales=(2,), weights=tmp_path)
+
+
+def test_a_grown_network_computes_what_the_smaller_one_did() -> None:
+    torch.manual_seed(0)
+    small, large = FastUNet(2, channels=8, blocks=(1, 1, 2)), FastUNet(2, channels=12, blocks=(2, 1, 3))
+    with torch.no_grad():
+        for parameter in small.parameters():  # trained, so to say: the tail, which begins at zero, above all
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    weights = {key: value.clone() for key, value in small.state_dict().items()}
+    grown = large.grow(weights)
+    assert grown is not None
+    large.load_state_dict(grown)
+    picture = torch.rand(1, 3, 16, 24)
+    expected = small(picture, 2)
+    assert (expected - FastUNet(2, channels=8)(picture, 2)).abs().max() > 0.01
+    torch.testing.assert_close(large(picture, 2), expected, atol=1e-5, rtol=1e-5)
+    large(picture, 2).square().mean().backward()
+    tail = large.tail.weight.grad
+    assert tail is not None and tail[:, 8:].abs().min() > 0, "the new channels learn"
+    assert small.grow({key: value.clone() for key, value in large.state_dict().items()}) is None
+    assert large.grow({"something": torch.zeros(1)}) is None

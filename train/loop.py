@@ -157,14 +157,17 @@ class Trainer:
             LOG.warning("%s is not finished: starting from its stage %s as it stands", run, written[-1])
 
     def start_from(self, weights: dict[str, Tensor]) -> None:
-        """Take over trained weights before the first step.
+        """Take over trained weights before the first step; a network that can grow takes those of a smaller one.
 
         Raises: CheckpointError if they belong to another network.
         """
         shapes = {key: tuple(value.shape) for key, value in self.model.state_dict().items()}
         given = {key: tuple(value.shape) for key, value in weights.items()}
         wrong = sorted(key for key in shapes.keys() | given.keys() if shapes.get(key) != given.get(key))
-        if wrong:
+        if wrong and (grown := self.model.grow(weights)):
+            LOG.warning("the weights of a smaller network are widened: %d of %d tensors", len(wrong), len(shapes))
+            weights = grown
+        elif wrong:
             raise CheckpointError(
                 f"the weights to start from do not fit this recipe's network ({self.recipe.model.name}): "
                 f"{len(wrong)} of {len(shapes)} tensors differ, the first is {wrong[0]}"

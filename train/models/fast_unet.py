@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -93,6 +94,23 @@ class FastUNet(Network):
         ends = (self.head, self.tail)
         convolutions = [m for m in self.modules() if isinstance(m, nn.Conv2d) and m not in ends]
         return [convolution.weight for convolution in convolutions]
+
+    @torch.no_grad()
+    def grow(self, weights: dict[str, Tensor]) -> dict[str, Tensor] | None:
+        """See Network.grow: for fewer channels or blocks. Its channels are the first ones, and read no others."""
+        own = {key: value.clone() for key, value in self.state_dict().items()}
+        for key, value in own.items():
+            old = weights.get(key)
+            if old is None:
+                if ".conv2." not in key:
+                    continue  # of a new block, which adds nothing yet
+                value.zero_()
+            elif old.ndim != value.ndim or any(small > large for small, large in zip(old.shape, value.shape)):
+                return None
+            else:
+                value[: len(old)] = 0
+                value[tuple(slice(size) for size in old.shape)] = old
+        return own if weights.keys() <= own.keys() else None
 
     def forward(self, lr: Tensor, scale: int) -> Tensor:
         if scale not in self.scales:

@@ -33,6 +33,13 @@ class Network(nn.Module, ABC):
         """Give the weights that Muon may take: matrices between hidden activations."""
         return []
 
+    def grow(self, weights: dict[str, Tensor]) -> dict[str, Tensor] | None:
+        """Widen and deepen the weights of a smaller network to this one's, which then computes what that one did.
+
+        Returns: a state dict of this network, or None if it cannot be made of those weights.
+        """
+        return None
+
     def fold(self) -> None:
         """Turn training-time parametrisations (weight norm, batch norm) into plain weights, in place, in eval mode."""
         for module in list(self.modules()):
