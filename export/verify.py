@@ -20,6 +20,7 @@ from .to_onnx import DeployGraph
 
 LOG = logging.getLogger(__name__)
 FIRST_SIDE, MAX_SIDE = 288, 1152  # of the pictures that the halo is measured on; time grows with the square
+MIN_TILE = 32  # pixels: tiles of fewer are many, and no harder
 
 
 @torch.no_grad()
@@ -115,9 +116,12 @@ def _tiled_error(
     stride: int,
     scale: int,
 ) -> int:
-    """Give the largest difference between whole pictures and the runtime's own tiles: four strides or one context."""
+    """Give the largest difference between whole pictures and the runtime's own tiles.
+
+    They are one context wide, and four strides and MIN_TILE pixels at least.
+    """
     overlap = tiling.Overlap(context * stride, stride)
-    side = max(4, context) * stride + overlap.width
+    side = max(4, context, -(-MIN_TILE // stride)) * stride + overlap.width
     worst = 0
     for source, whole in zip(sources, wholes, strict=True):
         plan = tiling.plan(source.shape[:2], window=(side, side), overlap=overlap)

@@ -18,6 +18,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.tensorrt]
 @pytest.fixture(scope="module", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("SR_ENGINE_DIR", raising=False)
         patch.setenv("SR_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
         yield
 
