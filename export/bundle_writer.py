@@ -51,7 +51,7 @@ class Options:
 
     int8: folder of photographs to calibrate INT8 graphs on; None writes none.
     figures: measured quality, embedded into the manifest as it is.
-    incomplete: also export a stage that --max-steps cut short.
+    incomplete: also export a stage that --max-steps cut short. stages: names of those to export, of a run; none: all.
     """
 
     scale: int | None = None
@@ -61,6 +61,7 @@ class Options:
     licence: str = ""
     figures: dict[str, Any] | None = None
     incomplete: bool = False
+    stages: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -103,10 +104,12 @@ def export_run(run: Path, out: Path, options: Options, *, report: Report = lambd
     except TrainError as exc:
         raise ExportError(str(exc)) from exc
     scale = choose_scale(recipe.model.scales, options.scale)
+    if unknown := set(options.stages) - {stage.name for stage in recipe.stages}:
+        raise ExportError(f"{run}: has no stage {', '.join(sorted(unknown))}")
     sources = [
         Source(stage.name, stage.size, functools.partial(_load_stage, run, recipe, stage.name, options.incomplete))
         for stage in recipe.stages
-        if stage_folder(run, stage.name).is_dir()
+        if stage_folder(run, stage.name).is_dir() and (not options.stages or stage.name in options.stages)
     ]
     if not sources:
         raise ExportError(f"{run}: no finished stage yet; let sr-train complete one")
@@ -217,7 +220,7 @@ def _export_stage(
         references.append((name, padded, verify.run_torch(network, padded[None], scale=scale)[0]))
     work = _Work(source.name, network, references, folder, scale, options, report)
     report(f"stage {work.name}: tracing")
-    weights = WeightsFile.write(folder / f"{work.name}.weights", network)
+    weights = WeightsFile.write(folder / f"{work.name}.safetensors", network)
     graphs = [_trace(work, network, weights, precision="fp32", ends=ends) for ends in ("uint8", "float32")]
     rows = []
     if options.fp16:

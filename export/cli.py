@@ -23,6 +23,7 @@ path_type = click.Path(path_type=Path)
 @click.option("--fp16", is_flag=True, help="Also write graphs that compute in fp16, and engines where there is a GPU.")
 @click.option("--int8", type=path_type, metavar="DIR", help="Also write int8 graphs, calibrated with pictures.")
 @click.option("--scale", type=int, help="Factor to export, for networks that serve several.")
+@click.option("--stage", "stages", multiple=True, metavar="NAME", help="Export this stage of RUN; may be repeated.")
 @click.option("--pictures", type=path_type, help="Real pictures to check and measure on.")
 @click.option("--licence", default="", help="Licence of the weights, kept in the manifest.")
 @click.option("--figures", type=path_type, help="JSON of sr-bench quality, kept in the manifest.")
@@ -107,7 +108,7 @@ def write_bundle(
         from .foreign import import_onnx
 
         refused = [name for name in ("fp16", "int8", "incomplete") if options.pop(name)]
-        if refused or arch or settings or figures:
+        if refused or options.pop("stages") or arch or settings or figures:
             raise OptionError("--onnx goes with --out, --scale, --pictures, --licence, --bgr and --value-range")
         white = int(value_range) if value_range else None
         manifest = import_onnx(onnx, out, bgr=bgr, value_range=white, report=click.echo, **options)

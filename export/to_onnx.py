@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import logging
 import warnings
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ from .errors import ExportError
 
 OPSET = 17
 IR_VERSION = 8
-ALIGNMENT = 64  # bytes between tensors in the weights file
+ALIGNMENT = 64  # of the data in a weights file, in bytes
 WEIGHT_PREFIX = "network."
 
 
@@ -53,22 +54,33 @@ class DeployGraph(nn.Module):
 
 @dataclass(frozen=True)
 class WeightsFile:
-    """Tensors of a stage as one file: name -> (offset, length) in bytes, fp16, little endian."""
+    """Tensors of a stage as one file: name in the graph -> (offset, length) in bytes, fp16, little endian."""
 
     name: str
     places: dict[str, tuple[int, int]]
 
     @classmethod
     def write(cls, path: Path, network: nn.Module) -> WeightsFile:
-        """Write every parameter of a network, sorted by name."""
-        places = {}
+        """Write every parameter of a network as a safetensors file, whose data ONNX graphs point into.
+
+        The format is described at https://github.com/huggingface/safetensors: eight bytes of the header's length, the
+        header (JSON), then the data without gaps; large tensors come first, which keeps them aligned.
+        """
+        named = sorted(network.named_parameters(), key=lambda item: (-item[1].numel(), item[0]))
+        offset, table, places = 0, {}, {}
+        for name, parameter in named:
+            length = 2 * parameter.numel()
+            table[name] = {"dtype": "F16", "shape": list(parameter.shape), "data_offsets": [offset, offset + length]}
+            places[WEIGHT_PREFIX + name] = (offset, length)
+            offset += length
+        header = json.dumps(table, separators=(",", ":")).encode()
+        header += b" " * (-(8 + len(header)) % ALIGNMENT)
+        start = 8 + len(header)
         with open(path, "wb") as file:
-            for name, parameter in sorted(network.named_parameters()):
-                file.write(b"\0" * (-file.tell() % ALIGNMENT))
-                data = parameter.detach().numpy().astype("<f2").tobytes()
-                places[WEIGHT_PREFIX + name] = (file.tell(), len(data))
-                file.write(data)
-        return cls(path.name, places)
+            file.write(len(header).to_bytes(8, "little") + header)
+            for _, parameter in named:
+                file.write(parameter.detach().numpy().astype("<f2").tobytes())
+        return cls(path.name, {name: (start + offset, length) for name, (offset, length) in places.items()})
 
 
 def trace(network: Network, *, scale: int, ends: str, weights: WeightsFile) -> onnx.ModelProto:
