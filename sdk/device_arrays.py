@@ -73,8 +73,11 @@ class DeviceArray:
         """Give a NumPy array of the same shape and dtype."""
         result = np.empty(self.shape, self.dtype)
         stream = self._device.new_stream()
-        self._device.download(result, self.address, stream)
-        self._device.synchronize(stream)
+        try:
+            self._device.download(result, self.address, stream)
+            self._device.synchronize(stream)
+        finally:
+            self._device.release_stream(stream)
         return result
 
 

@@ -239,6 +239,8 @@ def runtime(machine: Machine) -> Any:
             return (machine.stream(current()),)
 
         def cudaStreamDestroy(self, stream: int) -> None:
+            if machine.streams[stream][0] != current():
+                machine.fault("a stream of another context")
             del machine.streams[stream]
 
         def cudaMemcpyAsync(self, target: int, source: int, size: int, kind: str, stream: int) -> None:
@@ -422,6 +424,10 @@ def driver_library(machine: Machine) -> Any:
     """Make a stand-in for CUDA's driver as ctypes loads it: of graphs, which PyCUDA lacks, and of contexts."""
 
     class Library:
+        def cuDeviceGet(self, device: Any, gpu: Any) -> int:
+            device._obj.value = gpu.value
+            return 0
+
         def cuDevicePrimaryCtxRetain(self, context: Any, gpu: Any) -> int:
             context._obj.value = CONTEXTS + gpu.value
             return 0

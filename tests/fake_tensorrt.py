@@ -457,6 +457,8 @@ def module(machine: fake_cuda.Machine, version: str, onnxruntime: Any, behaviour
             self._version = 0  # of what a graph that is captured from it relies on
 
         def __del__(self) -> None:
+            if machine.current() != self._engine._gpu:
+                machine.fault("a context that is destroyed on another GPU")
             machine.free(self._memory)
 
         def set_input_shape(self, name: str, shape: Any) -> bool:

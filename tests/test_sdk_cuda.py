@@ -209,6 +209,39 @@ def test_cuda_python_without_a_driver_says_so() -> None:
         cuda.CudaPythonDevice(real, 0)
 
 
+def test_pictures_on_the_gpu_beside_captures(machine: fake_cuda.Machine) -> None:
+    """Nothing may be allocated or waited for while ONNX Runtime captures, whoever asks."""
+    image = photo(24, 24)
+    wanted = expected(image)
+    with on_gpu() as upscaler, ThreadPoolExecutor(2) as pool:
+
+        def on_host() -> None:
+            for size in range(8, 72, 8):  # each is captured
+                for _ in range(5):
+                    upscaler.upscale(photo(size, 16))
+
+        def on_device() -> None:
+            for _ in range(30):
+                picture = fake_cuda.Array(machine, image)
+                result = upscaler.upscale(picture)
+                assert isinstance(result, DeviceArray)
+                np.testing.assert_array_equal(result.copy_to_host(), wanted)
+                picture.free()
+
+        for done in [pool.submit(on_host), pool.submit(on_device)]:
+            done.result()
+    assert any(how == "capture" for _, _, how in machine.runs)
+
+
+def test_copies_leave_no_streams_behind(machine: fake_cuda.Machine) -> None:
+    array = DeviceArray(cuda.open_device(0), (4, 4, 3), np.dtype(np.uint8))
+    array.copy_to_host()
+    before = len(machine.streams)
+    for _ in range(5):
+        array.copy_to_host()
+    assert len(machine.streams) == before
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("name,module,kind", cuda.LIBRARIES)
 def test_memory_and_copies_on_a_real_gpu(name: str, module: str, kind: Any) -> None:

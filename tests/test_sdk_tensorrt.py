@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -245,6 +246,27 @@ def test_a_parser_that_refuses_8_bit_ends(monkeypatch: pytest.MonkeyPatch) -> No
     with on_gpu("unet", precision="fp16") as upscaler:
         assert abs(upscaler.upscale(image).astype(int) - expected(image)).max() <= 1
     assert world.builds[-1]["half"] and world.machine.faults == []
+    with pytest.raises(BackendError, match="Unsupported type UINT8"):  # the float graph does not hold int8's values
+        graph = Path(bundles.shared("unet")) / "main.fp32.uint8.onnx"
+        tensorrt_builder.build(
+            world.trt, graph, Profile(8, 1, 64), precision="int8", ends="uint8", float_graph=graph, timing_cache=None,
+            options=BuildOptions(),
+        )  # fmt: skip
+
+
+def test_islands_need_strong_typing(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where half precision is a flag, the builder may use it for what the model needs in fp32 too."""
+    asked = request(precision="fp16")
+    graphs = tuple(replace(graph, islands=("head",) * (graph.precision == "fp16")) for graph in asked.stage.graphs)
+    asked = replace(asked, stage=replace(asked.stage, graphs=graphs))
+    if world.is_old:
+        with pytest.raises(BackendUnavailable, match="use TensorRT 10 or later, or precision='fp32'"):
+            open_backend("tensorrt", asked)
+        backend = open_backend("tensorrt", replace(asked, precision="auto"))
+        assert backend.precision == "fp32"
+    else:
+        backend = open_backend("tensorrt", asked)
+    backend.close()
 
 
 @pytest.mark.parametrize("version", fake_tensorrt.VERSIONS[1:])
@@ -413,8 +435,9 @@ def test_an_engine_for_many_gpus_serves_any(ten: World, cache: Path, monkeypatch
     (path,) = cache.glob("*.engine")
     assert header(path)[0]["built"]["level"] == 5
     monkeypatch.setattr(fake_cuda, "NAME", "Another GPU")
-    ten.machine.limit = 12 << 30
-    on_gpu().close()
+    for limit in (141 << 30, 12 << 30, (8 << 30) - 1, 6 << 30, 4 << 30):
+        ten.machine.limit = limit
+        on_gpu().close()
     assert len(ten.builds) == 1
     tensorrt.open_backend(request(), BuildOptions(rebuild=True)).close()
     tensorrt.open_backend(request(), BuildOptions(rebuild=True)).close()
@@ -530,6 +553,34 @@ def test_ctrl_c_ends_a_build(world: World, cache: Path, monkeypatch: pytest.Monk
     assert not list(cache.glob("*.engine"))
 
 
+def test_ctrl_c_in_a_run_is_not_lost(ten: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be raised in the logger, while TensorRT speaks."""
+
+    def interrupted(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    backend = open_backend("tensorrt", request())
+    ten.machine.fails = lambda shape: True
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(tensorrt_builder.Messages, "add", interrupted)
+        backend.run(photo(8, 8)[None])
+    ten.machine.fails = lambda shape: False
+    backend.run(photo(8, 8)[None])
+    backend.close()
+    tensorrt.open_backend(request(), BuildOptions(rebuild=True)).close()
+
+
+def test_an_error_that_another_thread_tells_is_told(world: World) -> None:
+    """TensorRT has threads of its own."""
+    _, messages = tensorrt_builder.logger(world.trt)
+    messages.clear()
+    thread = threading.Thread(target=messages.add, args=("CUDA error: out of memory",))
+    thread.start()
+    thread.join()
+    assert isinstance(messages.error("a build"), OutOfMemory)
+    assert "it does not say why" in str(messages.error("a build")), "once"
+
+
 def test_what_killed_builders_left_is_removed(ten: World, cache: Path) -> None:
     on_gpu().close()
     (path,) = cache.glob("*.engine")
@@ -600,6 +651,8 @@ def test_one_lane_where_memory_is_short(ten: World, caplog: pytest.LogCaptureFix
         on_gpu()
     sides = [build["profile"][2][1] for build in ten.builds[tries:]]
     assert len(sides) > 1 and sides == sorted(sides, reverse=True) and sides[-1] == 96, "smaller ones are tried"
+    profiles = [build["profile"] for build in ten.builds[tries:]]
+    assert len(set(profiles)) == len(profiles), "none is built twice"
 
 
 def test_other_pictures_go_on_while_an_engine_is_built(ten: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -629,7 +682,19 @@ def test_work_that_cannot_be_captured_runs_without(
     with on_gpu(batch=2) as upscaler:
         for _ in range(2):
             np.testing.assert_array_equal(upscaler.upscale(image, tile=32), expected(image, tile=32))
-    assert caplog.text.count("without CUDA graphs") == 1
+    assert caplog.text.count("no CUDA graph of") == tensorrt.MAX_FAILED_CAPTURES
+
+
+def test_two_that_close_at_once(ten: World) -> None:
+    backend = open_backend("tensorrt", request())
+    with ThreadPoolExecutor(2) as pool:
+        for done in [pool.submit(backend.close) for _ in range(2)]:
+            done.result(10)
+
+
+def test_one_engine_is_for_one_gpu(ten: World) -> None:
+    with pytest.raises(OptionError, match="one GPU for an engine"):
+        tensorrt.open_backend(request(device="cuda:0,1"))
 
 
 def test_closed(ten: World) -> None:

@@ -9,7 +9,6 @@ import contextlib
 import ctypes
 import importlib
 import os
-import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -19,9 +18,10 @@ from typing import Any, Protocol
 import numpy as np
 
 from ..errors import BackendError, BackendUnavailable, OutOfMemory
+from .locks import SharedLock
 
-# CUDA refuses to wait for a whole device while a stream of it is captured, and spoils the capture.
-_whole_device = threading.Lock()
+# A CUDA graph is captured alone: what others allocate, free or wait for meanwhile may spoil it, or be refused.
+calls = SharedLock()
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,11 @@ class Device(Protocol):
         ...
 
     def new_stream(self) -> int:
-        """Give the handle of a stream that lives as long as this object."""
+        """Give the handle of a stream, which ends with this object at the latest."""
+        ...
+
+    def release_stream(self, stream: int) -> None:
+        """End what `new_stream` gave."""
         ...
 
     def upload(self, target: int, source: np.ndarray, stream: int) -> None:
@@ -164,6 +168,15 @@ class _Driver:
         if error:
             raise BackendError(f"cuda:{self._index}: {name}: error {error}")
 
+    @contextmanager
+    def current(self, context: ctypes.c_void_p) -> Iterator[None]:
+        """Make a context the thread's current one."""
+        self.call("cuCtxPushCurrent_v2", context)
+        try:
+            yield
+        finally:
+            self.call("cuCtxPopCurrent_v2", ctypes.byref(ctypes.c_void_p()))
+
 
 class CudaPythonDevice:
     """A GPU through `cuda.bindings.runtime`, whose functions return (error, result...).
@@ -181,8 +194,11 @@ class CudaPythonDevice:
             raise BackendUnavailable(f"CUDA cannot be used: {self._describe(error)}; check the NVIDIA driver")
         _check_index(index, count)
         self._driver = _Driver(index)
-        self._context = ctypes.c_void_p()
-        self._driver.call("cuDevicePrimaryCtxRetain", ctypes.byref(self._context), ctypes.c_int(index))
+        self._streams: set[int] = set()
+        device, self._context = ctypes.c_int(), ctypes.c_void_p()
+        self._driver.call("cuDeviceGet", ctypes.byref(device), ctypes.c_int(index))
+        self._driver.call("cuDevicePrimaryCtxRetain", ctypes.byref(self._context), device)
+        weakref.finalize(self, _destroy_streams, runtime, self._driver, self._context, self._streams).atexit = False
 
     def facts(self) -> Facts:
         """See Device."""
@@ -193,11 +209,8 @@ class CudaPythonDevice:
     @contextmanager
     def current(self) -> Iterator[None]:
         """See Device."""
-        self._driver.call("cuCtxPushCurrent_v2", self._context)
-        try:
+        with self._driver.current(self._context):
             yield
-        finally:
-            self._driver.call("cuCtxPopCurrent_v2", ctypes.byref(ctypes.c_void_p()))
 
     def free_bytes(self) -> int:
         """See Device."""
@@ -221,8 +234,13 @@ class CudaPythonDevice:
     def new_stream(self) -> int:
         """See Device."""
         stream = int(self._call("cudaStreamCreateWithFlags", self._runtime.cudaStreamNonBlocking)[0])
-        weakref.finalize(self, _destroy_stream, self._runtime, stream).atexit = False
+        self._streams.add(stream)
         return stream
+
+    def release_stream(self, stream: int) -> None:
+        """See Device."""
+        self._streams.discard(stream)
+        self._call("cudaStreamDestroy", stream)
 
     def upload(self, target: int, source: np.ndarray, stream: int) -> None:
         """See Device."""
@@ -244,8 +262,7 @@ class CudaPythonDevice:
     def synchronize(self, stream: int | None = None) -> None:
         """See Device."""
         if stream is None:
-            with _whole_device:
-                self._call("cudaDeviceSynchronize")
+            self._call("cudaDeviceSynchronize")
         else:
             self._call("cudaStreamSynchronize", stream)
 
@@ -253,13 +270,13 @@ class CudaPythonDevice:
         """See Device."""
         # Only this thread must keep from calls that cannot be captured.
         mode = self._runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
-        with _whole_device:
+        with calls.alone():
             self._call("cudaStreamBeginCapture", stream, mode)
             try:
                 enqueue()
             except BaseException:
-                _, graph = self._runtime.cudaStreamEndCapture(stream)
-                self._runtime.cudaGraphDestroy(graph)
+                with contextlib.suppress(BackendError):  # of a capture that has failed
+                    self._call("cudaGraphDestroy", self._call("cudaStreamEndCapture", stream)[0])
                 raise
             graph = self._call("cudaStreamEndCapture", stream)[0]
         try:
@@ -278,10 +295,11 @@ class CudaPythonDevice:
     def _call(self, name: str, *arguments: Any) -> tuple[Any, ...]:
         """Call a function with this device as the thread's current one."""
         runtime = self._runtime
-        with self.current():
+        with calls.shared(), self.current():
             error, *results = getattr(runtime, name)(*arguments)
+            if error != runtime.cudaError_t.cudaSuccess:
+                runtime.cudaGetLastError()  # else the next one to ask for an error would find it
         if error == runtime.cudaError_t.cudaErrorMemoryAllocation:
-            runtime.cudaGetLastError()  # else the next one to ask for an error would find it
             raise OutOfMemory(f"cuda:{self.index}: {name}: out of memory")
         if error != runtime.cudaError_t.cudaSuccess:
             raise BackendError(f"cuda:{self.index}: {name}: {self._describe(error)}")
@@ -292,8 +310,10 @@ class CudaPythonDevice:
         return text.decode() if isinstance(text, bytes) else str(text)
 
 
-def _destroy_stream(runtime: Any, stream: int) -> None:
-    runtime.cudaStreamDestroy(stream)
+def _destroy_streams(runtime: Any, driver: _Driver, context: ctypes.c_void_p, streams: set[int]) -> None:
+    with calls.shared(), driver.current(context):
+        for stream in streams:
+            runtime.cudaStreamDestroy(stream)
 
 
 class PyCudaDevice:
@@ -312,7 +332,7 @@ class PyCudaDevice:
         _check_index(index, count)
         self._device = driver.Device(index)
         self._context = self._device.retain_primary_context()
-        self._calls = _Driver(index)
+        self._cuda = _Driver(index)
         self._allocations: dict[int, Any] = {}
         self._streams: dict[int, Any] = {}
         weakref.finalize(self, _drop_streams, driver, self._context, self._streams).atexit = False
@@ -324,52 +344,57 @@ class PyCudaDevice:
 
     def current(self) -> AbstractContextManager[None]:
         """See Device."""
-        return self._current("call")
+        return self._current("current")
 
     def free_bytes(self) -> int:
         """See Device."""
-        with self._current("mem_get_info"):
+        with self._call("mem_get_info"):
             return int(self._driver.mem_get_info()[0])
 
     def allocate(self, size: int) -> int:
         """See Device."""
-        with self._current("mem_alloc"):
+        with self._call("mem_alloc"):
             allocation = self._driver.mem_alloc(size)
         self._allocations[int(allocation)] = allocation
         return int(allocation)
 
     def release(self, address: int) -> None:
         """See Device."""
-        with self._current("free"):
+        with self._call("free"):
             self._allocations.pop(address).free()
 
     def page_locked(self, size: int) -> np.ndarray:
         """See Device."""
-        with self._current("pagelocked_empty"):
+        with self._call("pagelocked_empty"):
             memory: np.ndarray = self._driver.pagelocked_empty(size, np.uint8)
         weakref.finalize(memory, self._free_page_locked, memory.base).atexit = False
         return memory
 
     def _free_page_locked(self, allocation: Any) -> None:
         """Free page-locked memory while its context is current, without which PyCUDA only warns."""
-        with self._current("free"):
+        with self._call("free"):
             allocation.free()
 
     def new_stream(self) -> int:
         """See Device."""
-        with self._current("Stream"):
+        with self._call("Stream"):
             stream = self._driver.Stream(STREAM_NON_BLOCKING)
         self._streams[stream.handle] = stream
         return int(stream.handle)
 
+    def release_stream(self, stream: int) -> None:
+        """See Device."""
+        with self._call("Stream"):
+            del self._streams[stream]
+
     def upload(self, target: int, source: np.ndarray, stream: int) -> None:
         """See Device."""
-        with self._current("memcpy_htod_async"):
+        with self._call("memcpy_htod_async"):
             self._driver.memcpy_htod_async(target, source, self._streams[stream])
 
     def download(self, target: np.ndarray, source: int, stream: int) -> None:
         """See Device."""
-        with self._current("memcpy_dtoh_async"):
+        with self._call("memcpy_dtoh_async"):
             self._driver.memcpy_dtoh_async(target, source, self._streams[stream])
 
     def copy_rows(
@@ -381,48 +406,53 @@ class PyCudaDevice:
         copy.set_dst_device(target)
         copy.src_pitch, copy.dst_pitch = source_pitch, target_pitch
         copy.width_in_bytes, copy.height = width, rows
-        with self._current("Memcpy2D"):
+        with self._call("Memcpy2D"):
             copy(self._streams[stream])
 
     def synchronize(self, stream: int | None = None) -> None:
         """See Device."""
-        with self._current("synchronize"):
+        with self._call("synchronize"):
             if stream is None:
-                with _whole_device:
-                    self._driver.Context.synchronize()
+                self._driver.Context.synchronize()
             else:
                 self._streams[stream].synchronize()
 
     def capture(self, stream: int, enqueue: Callable[[], None]) -> int:
         """See Device."""
         graph, executable = ctypes.c_void_p(), ctypes.c_void_p()
-        with self._current("capture"), _whole_device:
-            self._calls.call("cuStreamBeginCapture_v2", ctypes.c_void_p(stream), CAPTURE_THREAD_LOCAL)
+        with calls.alone(), self._current("capture"):
+            self._cuda.call("cuStreamBeginCapture_v2", ctypes.c_void_p(stream), CAPTURE_THREAD_LOCAL)
             try:
                 enqueue()
             except BaseException:
                 with contextlib.suppress(BackendError):  # of a capture that has failed
-                    self._calls.call("cuStreamEndCapture", ctypes.c_void_p(stream), ctypes.byref(graph))
-                    self._calls.call("cuGraphDestroy", graph)
+                    self._cuda.call("cuStreamEndCapture", ctypes.c_void_p(stream), ctypes.byref(graph))
+                    self._cuda.call("cuGraphDestroy", graph)
                 raise
-            self._calls.call("cuStreamEndCapture", ctypes.c_void_p(stream), ctypes.byref(graph))
+            self._cuda.call("cuStreamEndCapture", ctypes.c_void_p(stream), ctypes.byref(graph))
             try:
                 flags = ctypes.c_ulonglong(0)
-                self._calls.call("cuGraphInstantiateWithFlags", ctypes.byref(executable), graph, flags)
+                self._cuda.call("cuGraphInstantiateWithFlags", ctypes.byref(executable), graph, flags)
             finally:
-                self._calls.call("cuGraphDestroy", graph)
+                self._cuda.call("cuGraphDestroy", graph)
         assert executable.value is not None
         return executable.value
 
     def launch(self, graph: int, stream: int) -> None:
         """See Device."""
-        with self._current("launch"):
-            self._calls.call("cuGraphLaunch", ctypes.c_void_p(graph), ctypes.c_void_p(stream))
+        with self._call("launch"):
+            self._cuda.call("cuGraphLaunch", ctypes.c_void_p(graph), ctypes.c_void_p(stream))
 
     def release_graph(self, graph: int) -> None:
         """See Device."""
-        with self._current("release_graph"):
-            self._calls.call("cuGraphExecDestroy", ctypes.c_void_p(graph))
+        with self._call("release_graph"):
+            self._cuda.call("cuGraphExecDestroy", ctypes.c_void_p(graph))
+
+    @contextmanager
+    def _call(self, name: str) -> Iterator[None]:
+        """Make calls that must not fall into the capture of a CUDA graph."""
+        with calls.shared(), self._current(name):
+            yield
 
     @contextmanager
     def _current(self, name: str) -> Iterator[None]:
@@ -440,11 +470,12 @@ class PyCudaDevice:
 
 def _drop_streams(driver: Any, context: Any, streams: dict[int, Any]) -> None:
     """Let go of streams while their context is current, without which PyCUDA only warns."""
-    context.push()
-    try:
-        streams.clear()
-    finally:
-        driver.Context.pop()
+    with calls.shared():
+        context.push()
+        try:
+            streams.clear()
+        finally:
+            driver.Context.pop()
 
 
 CAPTURE_THREAD_LOCAL = ctypes.c_int(1)  # CU_STREAM_CAPTURE_MODE_THREAD_LOCAL

@@ -6,6 +6,7 @@ import contextlib
 import math
 import os
 import queue
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Generic, TypeVar
 
@@ -85,7 +86,7 @@ class GpuBackend(Generic[AnyLane]):
         self.precision = precision
         self.lanes = len(lanes)
         self._scale = scale
-        self._closed = False
+        self._closed, self._closing = False, threading.Lock()
         self._captures = os.environ.get("SR_CUDA_GRAPHS") != "0"
         self._recurring = Recurring()
         self._idle: queue.SimpleQueue[AnyLane] = queue.SimpleQueue()
@@ -134,10 +135,11 @@ class GpuBackend(Generic[AnyLane]):
     def close(self) -> None:
         """See Backend.close: lets runs that are under way finish."""
         self._closed = True
-        lanes = [self._idle.get() for _ in range(self.lanes)]
-        for lane in lanes:
-            lane.close()
-            self._idle.put(lane)
+        with self._closing:
+            lanes = [self._idle.get() for _ in range(self.lanes)]
+            for lane in lanes:
+                lane.close()
+                self._idle.put(lane)
 
     def _run(self, lane: AnyLane, shape: tuple[int, ...], dtype: np.dtype, fill: Transfer, take: Transfer) -> None:
         """Compute a batch in a lane; everything is done when this returns."""

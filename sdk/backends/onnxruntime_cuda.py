@@ -15,10 +15,9 @@ import numpy as np
 
 from ..errors import BackendError, BackendUnavailable
 from . import Transfer
-from .cuda import Device, open_device
+from .cuda import Device, calls, open_device
 from .forking import spared
 from .gpu import GpuBackend, Lane
-from .locks import SharedLock
 from .onnxruntime import translate
 
 __all__ = ["OnnxRuntimeCudaBackend", "open_device"]
@@ -27,9 +26,6 @@ LANES = 2  # one computes while the other copies
 KEPT_BINDINGS = 16  # shapes of one lane
 MAX_GRAPHS = 16  # of one session: ONNX Runtime frees a captured graph only with the session
 NO_GRAPH = -1  # ONNX Runtime's id for a run that neither captures nor replays
-
-# ONNX Runtime captures in CUDA's global mode, which other calls of the process can spoil: it is done alone.
-_calls = SharedLock()
 
 
 class _Lane(Lane):
@@ -54,7 +50,8 @@ class OnnxRuntimeCudaBackend(GpuBackend[_Lane]):
 
     def __init__(self, onnxruntime: Any, device: Device, graph: str, *, scale: int, precision: str):
         self.engine = f"onnxruntime {onnxruntime.__version__}"
-        self._session: Any = spared(_open_session(onnxruntime, graph, device.index))
+        with calls.shared():
+            self._session: Any = spared(_open_session(onnxruntime, graph, device.index))
         self._run_options = onnxruntime.RunOptions
         self._input = self._session.get_inputs()[0].name
         self._output = self._session.get_outputs()[0].name
@@ -65,15 +62,14 @@ class OnnxRuntimeCudaBackend(GpuBackend[_Lane]):
     def close(self) -> None:
         """See Backend.close."""
         super().close()
-        with self._computing:
+        with self._computing, calls.shared():
             self._session = None
 
     def _run(self, lane: _Lane, shape: tuple[int, ...], dtype: np.dtype, fill: Transfer, take: Transfer) -> None:
         """See GpuBackend."""
-        with _calls.shared():
-            self._reserve(lane, shape, dtype)
-            fill(self.gpu, lane.input.address, lane.stream)
-            self.gpu.synchronize(lane.stream)
+        self._reserve(lane, shape, dtype)
+        fill(self.gpu, lane.input.address, lane.stream)
+        self.gpu.synchronize(lane.stream)
         with self._computing:
             if self._session is None:
                 raise BackendError("this backend is closed")
@@ -81,15 +77,15 @@ class OnnxRuntimeCudaBackend(GpuBackend[_Lane]):
             options = self._run_options()
             options.add_run_config_entry("gpu_graph_id", str(graph))
             try:
-                with _calls.alone() if is_new else _calls.shared():
+                # A capture is in CUDA's global mode, which any other call of the process can spoil.
+                with calls.alone() if is_new else calls.shared():
                     # Returns when the output is there.
                     self._session.run_with_iobinding(self._binding_of(lane, shape, dtype), options)
             except Exception as exc:
                 lane.forget()
                 raise translate(exc, f"a batch of shape {shape} failed") from exc
-        with _calls.shared():
-            take(self.gpu, lane.output.address, lane.stream)
-            self.gpu.synchronize(lane.stream)
+        take(self.gpu, lane.output.address, lane.stream)
+        self.gpu.synchronize(lane.stream)
 
     def _graph_of(self, lane: _Lane, shape: tuple[int, ...]) -> tuple[int, bool]:
         """Give the id of the CUDA graph for a shape in a lane, and whether the next run captures it."""

@@ -1,7 +1,7 @@
 """TensorRT on NVIDIA's GPUs: engines built once for the GPU at hand, kept on disk and run in lanes.
 
 Each lane has an execution context and a stream of its own, so that the copies of one batch pass while another computes.
-A shape that comes again in a lane is run as a CUDA graph.
+A shape that comes often is run as a CUDA graph.
 """
 
 from __future__ import annotations
@@ -18,13 +18,22 @@ import numpy as np
 
 from .. import memory
 from ..bundle import Stage
-from ..errors import BackendError, BackendUnavailable, OutOfMemory
+from ..errors import BackendError, BackendUnavailable, OptionError, OutOfMemory
 from . import Backend, Request, Transfer, check_precision, check_request
 from .cuda import Device, open_device
 from .engine_cache import Key, cache_dir, engine_name, lock, read_engine, write_engine
 from .forking import spared
 from .gpu import GpuBackend, Lane
-from .tensorrt_builder import BuildOptions, Profile, build, check_types, load, logger, shares_profiles
+from .tensorrt_builder import (
+    BuildOptions,
+    Profile,
+    build,
+    check_types,
+    is_strongly_typed,
+    load,
+    logger,
+    shares_profiles,
+)
 
 __all__ = ["TensorRtBackend", "choose_profile", "engine_dir", "open_backend", "open_device", "open_reference"]
 LOG = logging.getLogger(__name__)
@@ -33,7 +42,8 @@ LANES = 2  # one computes while the other copies
 BATCHES = (8, 4, 2, 1)
 ROOMY_SIDE = 1024  # windows are at least as large before batches grow: tiles of small ones are little but halo
 MEMORY_SHARE = 8  # of the GPU's memory, one part for a lane's activations
-COMPATIBLE_BYTES = 8 << 30  # memory of the GPU that an engine for many GPUs is made for
+COMPATIBLE_BYTES = 4 << 30  # memory of the GPU that an engine for many GPUs is made for, whatever they have
+MAX_FAILED_CAPTURES = 3  # before all is computed without CUDA graphs
 MAX_PATIENCE = 64  # runs of one shape that a lane waits for before another graph, where graphs do not last
 
 
@@ -47,13 +57,10 @@ def open_backend(request: Request, options: BuildOptions = BuildOptions()) -> Te
     check_request("tensorrt", request)
     if request.device == "cpu":
         raise BackendUnavailable("tensorrt has no CPU device: use device='cuda:N'")
+    if "," in request.device:
+        raise OptionError(f"device {request.device!r}: one GPU for an engine")
     trt = import_tensorrt()
-    precision = request.precision
-    has_half = any((graph.precision, graph.ends) == ("fp16", request.ends) for graph in request.stage.graphs)
-    if precision == "auto":
-        precision = "fp16" if has_half else "fp32"
-    if precision == "bf16":
-        raise BackendUnavailable("tensorrt runs fp32, fp16 and int8 here, not bf16")
+    precision = _choose_precision(trt, request)
     index = 0 if request.device == "auto" else int(request.device.removeprefix("cuda:"))
     gpu = open_device(index)
     request = replace(request, device=f"cuda:{index}", precision=precision)
@@ -64,10 +71,27 @@ def open_backend(request: Request, options: BuildOptions = BuildOptions()) -> Te
             try:
                 return opening.open()
             except OutOfMemory as exc:  # others use the GPU too
-                if opening.profile == smallest:
+                if options.hardware_compatible or opening.profile == smallest:
                     raise
                 LOG.warning("trying again with an engine for smaller windows: %s", exc)
-                share //= 4
+                while choose_profile(request.stage, share) == opening.profile:
+                    share //= 4
+
+
+def _choose_precision(trt: Any, request: Request) -> str:
+    """Turn "auto" into fp16 where it can be had. Raises: BackendUnavailable for what cannot."""
+    half = [graph for graph in request.stage.graphs if (graph.precision, graph.ends) == ("fp16", request.ends)]
+    keeps_islands = is_strongly_typed(trt) or not any(graph.islands for graph in half)
+    if request.precision == "auto":
+        return "fp16" if half and keeps_islands else "fp32"
+    if request.precision == "bf16":
+        raise BackendUnavailable("tensorrt runs fp32, fp16 and int8 here, not bf16")
+    if request.precision == "fp16" and not keeps_islands:
+        raise BackendUnavailable(
+            f"tensorrt {trt.__version__} would compute in half precision what this model needs in fp32: use TensorRT "
+            "10 or later, or precision='fp32'"
+        )
+    return request.precision
 
 
 def import_tensorrt() -> Any:
@@ -91,7 +115,7 @@ def engine_dir() -> Path:
 
 def open_reference(request: Request, options: BuildOptions = BuildOptions()) -> Backend:  # noqa: B008
     """Open what an engine is held against: the ONNX graph in fp32 on the CPU, or else an engine of it."""
-    request = replace(request, precision="fp32")
+    request, options = replace(request, precision="fp32"), replace(options, rebuild=False)
     try:
         from .onnxruntime import open_backend as open_onnxruntime
 
@@ -125,7 +149,7 @@ class _Opening:
     def __init__(self, trt: Any, gpu: Device, request: Request, share: int, options: BuildOptions):
         self._trt, self._gpu, self._request, self._options = trt, gpu, request, options
         self._graph = request.stage.graph(precision=request.precision, ends=request.ends)
-        own, common = (choose_profile(request.stage, size) for size in (share, min(share, COMPATIBLE_BYTES)))
+        own, common = (choose_profile(request.stage, size) for size in (share, COMPATIBLE_BYTES))
         self.profile = common if options.hardware_compatible else own
         self._candidates = [self._key(own, compatible=False)] * (not options.hardware_compatible)
         self._candidates.append(self._key(common, compatible=True))
@@ -203,6 +227,15 @@ class _Opening:
         plan = read_engine(path, key, level=level)
         if plan is None:
             return None
+        try:
+            return self._from_plan(path, key, plan)
+        except OutOfMemory as exc:
+            if path.name == self._name(self._candidates[0]):
+                raise
+            LOG.warning("%s: not used (%s)", path, exc)  # an engine of many GPUs, too large for this one
+            return None
+
+    def _from_plan(self, path: Path, key: Key, plan: bytes) -> TensorRtBackend | None:
         engines = self._load(plan)
         if not engines:
             _, messages = logger(self._trt)
@@ -290,6 +323,7 @@ class TensorRtBackend(GpuBackend[_Lane]):
         self.batch = self.max_batch = profile.batch
         self.max_side = profile.side
         self._messages = logger(trt)[1]
+        self._failed_captures = 0
         self._engines: list[Any] = [spared(engine) for engine in engines]
         engine = engines[0]
         modes = {engine.get_tensor_name(number): None for number in range(engine.num_io_tensors)}
@@ -302,6 +336,7 @@ class TensorRtBackend(GpuBackend[_Lane]):
         for engine in engines:
             self._messages.clear()
             context = engine.create_execution_context()
+            self._messages.raise_held()
             if context is None:
                 error = self._messages.error(f"no execution context for windows of up to {profile.side} px")
                 if not lanes:
@@ -313,16 +348,19 @@ class TensorRtBackend(GpuBackend[_Lane]):
 
     def close(self) -> None:
         """See Backend.close."""
-        super().close()
-        self._engines = []
+        with self.gpu.current():
+            super().close()
+            self._engines = []
 
     def _run(self, lane: _Lane, shape: tuple[int, ...], dtype: np.dtype, fill: Transfer, take: Transfer) -> None:
         """See GpuBackend."""
         self._reserve(lane, shape, dtype)
-        fill(self.gpu, lane.input.address, lane.stream)
-        self._enqueue(lane, shape)
-        take(self.gpu, lane.output.address, lane.stream)
-        self.gpu.synchronize(lane.stream)
+        try:
+            fill(self.gpu, lane.input.address, lane.stream)
+            self._enqueue(lane, shape)
+            take(self.gpu, lane.output.address, lane.stream)
+        finally:  # what is under way reads and writes memory that its owner may free
+            self.gpu.synchronize(lane.stream)
 
     def _enqueue(self, lane: _Lane, shape: tuple[int, ...]) -> None:
         """Put the computing of a batch into a lane's stream."""
@@ -347,8 +385,9 @@ class TensorRtBackend(GpuBackend[_Lane]):
         try:
             lane.graph = self.gpu.capture(lane.stream, lambda: self._compute(lane, shape))
         except BackendError as exc:
-            self._captures = False
-            LOG.warning("%s runs without CUDA graphs: %s", self.engine, exc)
+            self._failed_captures += 1
+            self._captures = self._failed_captures < MAX_FAILED_CAPTURES
+            LOG.warning("%s: no CUDA graph of %s: %s", self.engine, shape, exc)
 
     def _prepare(self, lane: _Lane, shape: tuple[int, ...]) -> None:
         context = lane.context
@@ -357,12 +396,15 @@ class TensorRtBackend(GpuBackend[_Lane]):
             raise self._messages.error(
                 f"a batch of shape {shape} is refused (up to {self.batch} of {self.max_side} px)"
             )
-        context.set_tensor_address(self._input, lane.input.address)
-        context.set_tensor_address(self._output, lane.output.address)
+        for name, buffer in ((self._input, lane.input), (self._output, lane.output)):
+            if not context.set_tensor_address(name, buffer.address):
+                raise self._messages.error(f"the address of {name} is refused")
 
     def _compute(self, lane: _Lane, shape: tuple[int, ...]) -> None:
         self._messages.clear()
         with self.gpu.current():
-            if not lane.context.execute_async_v3(lane.stream):
+            done = lane.context.execute_async_v3(lane.stream)
+            self._messages.raise_held()
+            if not done:
                 lane.forget()
                 raise self._messages.error(f"a batch of shape {shape} failed")

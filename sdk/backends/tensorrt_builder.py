@@ -1,7 +1,7 @@
 """Builds TensorRT engines from a bundle's graphs, with the API that the versions from 8.5 to 11 have.
 
 What only some versions have is asked for by name. Half precision stands in the graph: where a network can be strongly
-typed it is, elsewhere the FP16 flag allows what the graph says, and a look into the engine shows that it came about.
+typed it is, elsewhere the FP16 flag allows it everywhere, and a look into the engine shows that it came about.
 """
 
 from __future__ import annotations
@@ -66,40 +66,59 @@ class BuildOptions:
     rebuild: bool = False
 
 
-class Messages:
-    """What TensorRT said last in each thread; its functions return nothing but None or False when they fail."""
+class Held:
+    """What was raised in a function that TensorRT calls, Ctrl-C too: in C++ it would end the process."""
 
-    def __init__(self) -> None:
-        self._local = threading.local()
-        self._raised: BaseException | None = None
+    raised: BaseException | None = None
 
     @contextlib.contextmanager
     def hold(self) -> Iterator[None]:
-        """Keep what is raised in a function that TensorRT calls, Ctrl-C too: it would end the process in C++."""
+        """Keep what is raised inside."""
         try:
             yield
         except BaseException as exc:
-            self._raised = exc
-
-    @property
-    def is_interrupted(self) -> bool:
-        """Tell whether something is held."""
-        return self._raised is not None
+            self.raised = exc
 
     def raise_held(self) -> None:
-        """Raise what was held, if anything was."""
-        raised, self._raised = self._raised, None
+        """Raise what was kept, if anything was."""
+        raised, self.raised = self.raised, None
         if raised is not None:
             raise raised
 
+
+class Messages:
+    """What TensorRT said last in each thread; its functions return nothing but None or False when they fail.
+
+    What threads of its own say, which ask for nothing, is told to whoever has nothing else to tell.
+    """
+
+    def __init__(self) -> None:
+        self._local = threading.local()
+        self._latest: deque[str] = deque(maxlen=4)
+
+    @property
+    def held(self) -> Held:
+        """Give what was raised in this thread while TensorRT spoke."""
+        if not hasattr(self._local, "held"):
+            self._local.held = Held()
+        held: Held = self._local.held
+        return held
+
+    def raise_held(self) -> None:
+        """Raise what was held in this thread."""
+        self.held.raise_held()
+
     def add(self, line: str) -> None:
         """Keep an error."""
-        self._lines().append(" ".join(line.split())[:300])
+        line = " ".join(line.split())[:300]
+        self._lines().append(line)
+        self._latest.append(line)
 
     def clear(self) -> str:
         """Forget what was said in this thread, and give it."""
         said = "; ".join(self._lines())
         self._lines().clear()
+        self._latest.clear()
         return said
 
     def _lines(self) -> deque[str]:
@@ -110,15 +129,24 @@ class Messages:
 
     def error(self, what: str) -> BackendError:
         """Make an error of what was said since the last one."""
-        said = self.clear()
+        latest = "; ".join(self._latest)
+        said = self.clear() or latest
         if OUT_OF_MEMORY.search(said):
             return OutOfMemory(f"tensorrt: {what}: out of memory")
         return BackendError(f"tensorrt: {what}: {said or 'it does not say why'}")
 
 
-@functools.cache
+_logger_lock = threading.Lock()
+
+
 def logger(trt: Any) -> tuple[Any, Messages]:
     """Give the process's one logger, which TensorRT keeps for ever, and what it hears."""
+    with _logger_lock:
+        return _make_logger(trt)
+
+
+@functools.cache
+def _make_logger(trt: Any) -> tuple[Any, Messages]:
     messages = Messages()
     severity = trt.ILogger.Severity
 
@@ -127,7 +155,7 @@ def logger(trt: Any) -> tuple[Any, Messages]:
             trt.ILogger.__init__(self)
 
         def log(self, level: Any, message: str) -> None:
-            with messages.hold():
+            with messages.held.hold():
                 if level in (severity.INTERNAL_ERROR, severity.ERROR):
                     messages.add(message)
                 LOG.debug("TensorRT: %s", message)
@@ -155,12 +183,14 @@ def build(
     """
     log, messages = logger(trt)
     messages.clear()
+    held = Held()  # of the progress, which other threads than this may tell
     builder = _make(trt.Builder, log, messages)
     config = builder.create_builder_config()
-    network, is_typed = _parse(trt, builder, graph, ends=ends, float_graph=float_graph)
-    if not is_typed:
+    attachable = ends == "uint8" and precision != "int8"  # whose values the float graph does not hold
+    network = _parse(trt, builder, graph, float_graph=float_graph if attachable else None)
+    if not is_strongly_typed(trt):
         _allow(trt, config, precision)
-    _configure(trt, config, options)
+    _configure(trt, config, options, held)
     shapes = builder.create_optimization_profile()
     shapes.set_shape(network.get_input(0).name, *profile.shapes())
     if config.add_optimization_profile(shapes) < 0:
@@ -170,7 +200,8 @@ def build(
         LOG.warning("%s: times of another GPU or version, measured anew", timing_cache)
         config.set_timing_cache(config.create_timing_cache(b""), False)
     plan = builder.build_serialized_network(network, config)
-    messages.raise_held()
+    for each in (held, messages):
+        each.raise_held()
     if plan is None:
         raise messages.error(f"{graph.name}: no engine could be built")
     times = config.get_timing_cache()
@@ -189,11 +220,16 @@ def _make(kind: Any, log: Any, messages: Messages) -> Any:
         ) from exc
 
 
-def _parse(trt: Any, builder: Any, graph: Path, *, ends: str, float_graph: Path) -> tuple[Any, bool]:
-    """Read a graph into a network; tell whether it is strongly typed."""
+def is_strongly_typed(trt: Any) -> bool:
+    """Tell whether this version computes every layer in the type that stands in the graph."""
+    return hasattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED")
+
+
+def _parse(trt: Any, builder: Any, graph: Path, *, float_graph: Path | None) -> Any:
+    """Read a graph into a network. float_graph: read instead if it is 8-bit ends alone that are refused."""
     log, _ = logger(trt)
     creation = trt.NetworkDefinitionCreationFlag
-    flags, is_typed = 0, hasattr(creation, "STRONGLY_TYPED")
+    flags = 0
     if hasattr(creation, "STRONGLY_TYPED"):
         flags |= 1 << int(creation.STRONGLY_TYPED)
     if hasattr(creation, "EXPLICIT_BATCH"):
@@ -201,9 +237,9 @@ def _parse(trt: Any, builder: Any, graph: Path, *, ends: str, float_graph: Path)
     network = builder.create_network(flags)
     parser = trt.OnnxParser(network, log)
     if parser.parse(read_folded(graph), str(graph)):
-        return network, is_typed
+        return network
     said = _parser_errors(trt, parser)
-    if ends != "uint8" or is_typed or "uint8" not in said.lower():
+    if float_graph is None or is_strongly_typed(trt) or "uint8" not in said.lower():
         raise BackendError(f"tensorrt {trt.__version__} cannot read {graph.name}: {said}")
     LOG.info("tensorrt %s: 8-bit ends are attached by hand", trt.__version__)
     network = builder.create_network(flags)
@@ -211,7 +247,7 @@ def _parse(trt: Any, builder: Any, graph: Path, *, ends: str, float_graph: Path)
     if not parser.parse(read_folded(float_graph), str(float_graph)):
         raise BackendError(f"tensorrt {trt.__version__} cannot read {float_graph.name}: {_parser_errors(trt, parser)}")
     _attach_uint8_ends(trt, network)
-    return network, is_typed
+    return network
 
 
 def _parser_errors(trt: Any, parser: Any) -> str:
@@ -270,7 +306,7 @@ def _allow(trt: Any, config: Any, precision: str) -> None:
         raise BackendError(f"tensorrt {trt.__version__} has neither strong typing nor a flag for {precision}")
 
 
-def _configure(trt: Any, config: Any, options: BuildOptions) -> None:
+def _configure(trt: Any, config: Any, options: BuildOptions, held: Held) -> None:
     config.clear_flag(trt.BuilderFlag.TF32)  # keeps 10 bits: fp32 is the path of 16-bit pictures
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # so that the engine tells its types
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_mib << 20)
@@ -290,10 +326,10 @@ def _configure(trt: Any, config: Any, options: BuildOptions) -> None:
             raise OptionError(f"tensorrt {trt.__version__} builds for the GPU at hand only")
         config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
     if hasattr(trt, "IProgressMonitor"):
-        config.progress_monitor = _monitor(trt, options.progress)
+        config.progress_monitor = _monitor(trt, options.progress, held)
 
 
-def _monitor(trt: Any, progress: Progress | None) -> Any:
+def _monitor(trt: Any, progress: Progress | None, held: Held) -> Any:
     """Make TensorRT's progress monitor: of its outermost phases. It also ends a build that Ctrl-C interrupts."""
     _, messages = logger(trt)
 
@@ -303,18 +339,18 @@ def _monitor(trt: Any, progress: Progress | None) -> Any:
             self._phases: dict[str, int] = {}
 
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
-            with messages.hold():
+            with held.hold():
                 if not parent_phase:
                     self._phases[phase_name] = num_steps
 
         def step_complete(self, phase_name: str, step: int) -> bool:
-            with messages.hold():
+            with held.hold():
                 if progress and phase_name in self._phases:
                     progress(phase_name, step + 1, self._phases[phase_name])
-            return not messages.is_interrupted
+            return not (held.raised or messages.held.raised)
 
         def phase_finish(self, phase_name: str) -> None:
-            with messages.hold():
+            with held.hold():
                 self._phases.pop(phase_name, None)
 
     return Monitor()
@@ -350,7 +386,9 @@ def load(trt: Any, plan: bytes) -> Any:
     """
     log, messages = logger(trt)
     messages.clear()
-    return _make(trt.Runtime, log, messages).deserialize_cuda_engine(plan)
+    engine = _make(trt.Runtime, log, messages).deserialize_cuda_engine(plan)
+    messages.raise_held()
+    return engine
 
 
 def shares_profiles(trt: Any) -> bool:
