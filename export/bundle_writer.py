@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import functools
-import os
 import re
-import shutil
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -31,6 +29,7 @@ from train.run_folder import load_run
 
 from . import int8, verify
 from .errors import ExportError
+from .folders import new_folder, refuse_existing
 from .parity import MAX_FLOAT_ERROR, MIN_PSNR_DB, Difference, check_parity, compare, on_grid, read_pictures
 from .precision import find_islands, in_half, round_weights
 from .to_onnx import OPSET, WeightsFile, quiet, trace
@@ -140,12 +139,6 @@ def export_network(
     return _write_bundle([source], out, options, scale=choose_scale(network.scales, options.scale), report=report)
 
 
-def refuse_existing(out: Path) -> None:
-    """Raise ExportError if a bundle would overwrite something."""
-    if out.exists():
-        raise ExportError(f"{out}: exists already; choose another name or remove it")
-
-
 def choose_scale(scales: Sequence[int], scale: int | None) -> int:
     """Give the scale to export.
 
@@ -162,28 +155,21 @@ def _write_bundle(sources: Sequence[Source], out: Path, options: Options, *, sca
     """Export stages into a folder beside `out`, which gets its name when it is whole."""
     if options.int8 is not None:
         int8.find_photographs(options.int8)  # a wrong folder is told before anything is loaded
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    try:
-        temporary.mkdir(parents=True)
+    with new_folder(out) as folder:
         stages: list[Stage] = []
         facts: dict[str, Any] = {}
         for source in sources:
             report(f"stage {source.name}: loading")
             network, facts = source.load()
-            stages.append(_export_stage(source, network, temporary, options, scale=scale, report=report))
+            stages.append(_export_stage(source, network, folder, options, scale=scale, report=report))
         training = facts | ({"figures": options.figures} if options.figures else {})
         manifest = Manifest(
             format=FORMAT, version=VERSION, name=out.name, scale=scale, channels=3,
             input_layout="NHWC", output_layout="NHWC", stages=tuple(stages), training=training,
             licence=options.licence or "not stated", notice=NOTICE,
         )  # fmt: skip
-        (temporary / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
-        Bundle.load(temporary)  # what is written must be what can be read
-        temporary.rename(out)
-    except OSError as exc:
-        raise ExportError(f"{out}: cannot be written ({exc.strerror or exc})") from exc
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+        Bundle.load(folder)  # what is written must be what can be read
     return manifest
 
 

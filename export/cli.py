@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
+import signal
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from sdk.bundle import Bundle
 from sdk.errors import BackendUnavailable, OptionError, SRError
@@ -40,9 +43,13 @@ path_type = click.Path(path_type=Path)
 @click.option("--hardware-compatible", is_flag=True, help="Engines for every GPU from Ampere on, some slower.")
 @click.option("--triton", type=path_type, metavar="DIR", help="Triton model repository to make, also of a BUNDLE.")
 @click.option("--triton-engine", type=path_type, help="TensorRT plan, or engine out of the cache, to serve.")
+@click.option("--triton-batch", type=click.IntRange(1), help="Requests that are run together. Default: by memory.")
+@click.option("--triton-window", type=click.IntRange(1), metavar="PIXELS", help="Side of windows to warm up with.")
 @click.option("--triton-device", type=click.Choice(["gpu", "cpu"]), default="gpu", show_default=True)
 @click.option("--verbose", is_flag=True, help="Show each row of the halo measurement.")
+@click.pass_context
 def main(
+    context: click.Context,
     source: str | None,
     out: Path | None,
     tensorrt: bool,
@@ -53,6 +60,8 @@ def main(
     triton: Path | None,
     triton_engine: Path | None,
     triton_device: str,
+    triton_batch: int | None,
+    triton_window: int | None,
     verbose: bool,
     **options: Any,
 ) -> None:
@@ -64,18 +73,44 @@ def main(
         raise click.UsageError("one source is needed: RUN, CHECKPOINT, BUNDLE or --onnx FILE")
     if out is None and (options["onnx"] or not (tensorrt or triton)):
         raise click.UsageError("--out is needed (or --tensorrt or --triton, of a BUNDLE)")
-    with told():
+    builds = tensorrt or bool(out and (options["fp16"] or options["int8"]))
+    refuse(context, MAKING, unless=out is not None, needs="--out")
+    refuse(context, BUILDING, unless=builds, needs="--tensorrt, --engine-dir, --fp16 or --int8")
+    refuse(context, SERVING, unless=triton is not None, needs="--triton")
+    if triton and triton.exists():  # before all that takes minutes
+        raise click.UsageError(f"--triton {triton}: exists already; choose another name or remove it")
+    with told(), ended_by_signals():
+        stages = options["stages"]
         if out is not None:
             write_bundle(source, out, **options)
         bundle = Bundle.load(out or source)
-        if tensorrt or options["fp16"] or options["int8"]:
+        if builds:
             engines = {"level": level, "hardware_compatible": hardware_compatible, "folder": engine_dir}
-            write_engines(bundle, device, options["pictures"], required=tensorrt, **engines)
+            write_engines(bundle, device, options["pictures"], stages=stages, required=tensorrt, **engines)
         if triton is not None:
             from .triton import Options, write_repository
 
-            serving = Options(engine=triton_engine, device=triton_device)
+            if len(stages) > 1:
+                raise OptionError("--triton serves one --stage, or all")
+            serving = Options(
+                stage=stages[0] if stages else "all", engine=triton_engine, device=triton_device,
+                max_batch=triton_batch, window=triton_window,
+            )  # fmt: skip
             click.echo(f"{triton}: Triton models {', '.join(write_repository(bundle, triton, serving))}")
+
+
+# Parameters that only one of the command's three works has a use for.
+MAKING = ("fp16", "int8", "scale", "licence", "figures", "incomplete", "arch", "settings", "bgr", "value_range")
+BUILDING = ("device", "level", "hardware_compatible")
+SERVING = ("triton_engine", "triton_device", "triton_batch", "triton_window")
+
+
+def refuse(context: click.Context, names: Iterable[str], *, unless: bool, needs: str) -> None:
+    """Refuse options that were given and would not be used."""
+    for parameter in context.command.params:
+        is_given = context.get_parameter_source(parameter.name or "") is ParameterSource.COMMANDLINE
+        if is_given and parameter.name in names and not unless:
+            raise click.UsageError(f"{parameter.opts[0]} needs {needs}")
 
 
 @contextmanager
@@ -84,11 +119,30 @@ def told() -> Iterator[None]:
     try:
         yield
     except SRError as exc:
-        raise click.ClickException(str(exc)) from exc
+        raise click.ClickException(printable(str(exc))) from exc
     except ModuleNotFoundError as exc:
         if exc.name not in ("torch", "onnx", "safetensors"):
             raise
         raise click.ClickException(f"{exc.name} is not installed: pip install 'sr-sdk[export,cpu]'") from exc
+
+
+@contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """Let SIGTERM end the work as Ctrl-C does, so that unfinished folders go."""
+
+    def end(number: int, frame: object) -> None:
+        sys.exit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def printable(text: str) -> str:
+    """Put a message on one line, without what gives orders to the terminal: files of others may name things so."""
+    return "".join(character if character.isprintable() else " " for character in " ".join(text.split()))
 
 
 def write_bundle(
@@ -107,9 +161,11 @@ def write_bundle(
     if onnx is not None:
         from .foreign import import_onnx
 
-        refused = [name for name in ("fp16", "int8", "incomplete") if options.pop(name)]
-        if refused or options.pop("stages") or arch or settings or figures:
-            raise OptionError("--onnx goes with --out, --scale, --pictures, --licence, --bgr and --value-range")
+        refused = [f"--{name}" for name in ("fp16", "int8", "incomplete") if options.pop(name)]
+        others = {"--stage": options.pop("stages"), "--arch": arch, "--set": settings, "--figures": figures}
+        refused += [name for name, value in others.items() if value]
+        if refused:
+            raise OptionError(f"{', '.join(refused)}: not for --onnx, whose graph is taken as it is")
         white = int(value_range) if value_range else None
         manifest = import_onnx(onnx, out, bgr=bgr, value_range=white, report=click.echo, **options)
     elif bgr or value_range:
@@ -131,7 +187,9 @@ def write_bundle(
     click.echo(f"{out}: {manifest.name} x{manifest.scale}, stages {stages}, {size / 1e6:.1f} MB")
 
 
-def write_engines(bundle: Bundle, device: str, pictures: Path | None, *, required: bool, **options: Any) -> None:
+def write_engines(
+    bundle: Bundle, device: str, pictures: Path | None, *, stages: Sequence[str], required: bool, **options: Any
+) -> None:
     """Build TensorRT engines; where that cannot be, say so in a line, or raise BackendUnavailable if required."""
     from sdk.backends.tensorrt_builder import BuildOptions
 
@@ -139,7 +197,7 @@ def write_engines(bundle: Bundle, device: str, pictures: Path | None, *, require
 
     building = BuildOptions(rebuild=options["level"] is not None, **options)
     try:
-        build_engines(bundle, device=device, pictures=pictures, options=building, report=click.echo)
+        build_engines(bundle, stages=stages, device=device, pictures=pictures, options=building, report=click.echo)
     except BackendUnavailable as exc:
         if required:
             raise
@@ -156,7 +214,8 @@ def read_figures(path: Path, model: str) -> dict[str, Any]:
         rows = [row for row in result["rows"] if row["method"] in (model, "bicubic")]
         figures = [{key: row[key] for key in ("dataset", "method", "means")} for row in rows]
         summary = {"protocol": result["protocol"], "rows": figures}
-    except (OSError, ValueError, KeyError, TypeError) as exc:
+        json.dumps(summary, allow_nan=False)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as exc:
         raise click.ClickException(f"{path}: not a result of sr-bench quality ({exc!r})") from exc
     if model not in {row["method"] for row in figures}:
         raise click.ClickException(f"{path}: holds no figures of {model}")

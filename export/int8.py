@@ -18,11 +18,10 @@ import onnx
 from onnx import TensorProto, numpy_helper
 from PIL import Image
 
-from sdk import files
 from sdk.backends.folding import fold_casts
 
 from .errors import ExportError
-from .parity import MIN_PSNR_DB, compare, on_grid
+from .parity import MIN_PSNR_DB, compare, find_pictures, on_grid, read_rgb
 from .to_onnx import WEIGHT_PREFIX, quiet
 
 Run = Callable[[np.ndarray], np.ndarray]
@@ -41,7 +40,7 @@ def find_photographs(folder: Path) -> list[Path]:
 
     Raises: ExportError if it holds none.
     """
-    paths = sorted(p for p in folder.glob("*") if p.suffix.lower() in files.FORMATS) if folder.is_dir() else []
+    paths = find_pictures(folder)
     if not paths:
         what = "holds no pictures" if folder.is_dir() else "is not a folder"
         raise ExportError(f"{folder}: {what}; --int8 takes a folder of photographs to calibrate on")
@@ -56,16 +55,9 @@ def read_calibration(folder: Path, *, scale: int, stride: int) -> list[np.ndarra
     """
     windows = []
     for path in _evenly(find_photographs(folder), MAX_WINDOWS):
-        lr = reduce(_read_rgb(path), scale)
+        lr = reduce(read_rgb(path), scale)
         windows += _evenly(_cut(on_grid(lr, stride), max(stride, WINDOW // stride * stride)), WINDOWS_A_SIDE**2)
     return _evenly(windows, MAX_WINDOWS)
-
-
-def _read_rgb(path: Path) -> np.ndarray:
-    picture = files.read(path)[0]
-    if picture.dtype == np.uint16:
-        picture = (picture >> 8).astype(np.uint8)
-    return np.asarray(Image.fromarray(picture).convert("RGB"))
 
 
 def _evenly(items: list[Any], most: int) -> list[Any]:
@@ -125,15 +117,17 @@ class Yardstick:
             # Sides that are reduced onto the stride grid: what is padded would be scored.
             height, width = (side // (scale * stride) * scale * stride for side in photograph.shape[:2])
             hr = photograph[:height, :width]
-            if hr.size:
+            if min(height, width) > 2 * scale:  # something is left inside the shaved border
                 lr = reduce(hr, scale)
                 self._originals.append((lr, hr, self._score(run, lr, hr)))
+        if not self._originals:
+            raise ExportError("int8: every picture is too small to measure on; give larger ones with --pictures")
 
     def measure(self, run: Run) -> Quality:
         """Compare a graph with fp32, and both with the photographs."""
         psnr = min(compare(run(picture[None])[0], result).psnr_db for picture, result in self.references)
         lost = [before - self._score(run, lr, hr) for lr, hr, before in self._originals]
-        return Quality(psnr, float(np.mean(lost)) if lost else 0.0)
+        return Quality(psnr, float(np.mean(lost)))
 
     def _score(self, run: Run, lr: np.ndarray, hr: np.ndarray) -> float:
         return psnr_y(run(lr[None])[0], hr, shave=self._scale)

@@ -38,20 +38,35 @@ def compare(result: np.ndarray, reference: np.ndarray) -> Difference:
     )
 
 
+def find_pictures(folder: Path) -> list[Path]:
+    """List the pictures of a folder by name, without hidden files."""
+    from sdk import files
+
+    paths = folder.glob("[!.]*") if folder.is_dir() else ()
+    return sorted(path for path in paths if path.suffix.lower() in files.FORMATS and path.is_file())
+
+
+def read_rgb(path: Path) -> np.ndarray:
+    """Read a picture of any kind as (H, W, 3) uint8. Raises: ImageError if it cannot be read."""
+    from sdk import files
+
+    picture = files.read(path)[0]
+    if picture.dtype == np.uint16:
+        picture = (picture >> 8).astype(np.uint8)
+    return np.asarray(Image.fromarray(picture).convert("RGB"))
+
+
 def read_pictures(folder: Path | None, *, largest: int) -> list[tuple[str, np.ndarray]]:
     """Read real pictures (name, (H, W, 3) uint8), cropped in the middle to at most `largest` pixels a side.
 
     Raises: ExportError if the folder holds none.
     """
-    from sdk import files
-
-    folder = folder or PICTURES
-    paths = sorted(p for p in folder.glob("*") if p.suffix.lower() in files.FORMATS) if folder.is_dir() else []
+    paths = find_pictures(folder or PICTURES)
     if not paths:
         raise ExportError(f"{folder}: no pictures to check the export on; give a folder with --pictures")
     result = []
     for path in paths:
-        array = np.asarray(Image.fromarray(files.read(path)[0]).convert("RGB"))
+        array = read_rgb(path)
         top, left = (max(0, (side - largest) // 2) for side in array.shape[:2])
         result.append((path.name, np.ascontiguousarray(array[top : top + largest, left : left + largest])))
     return result

@@ -20,8 +20,9 @@ from train.feature_nets import RANDOM_WEIGHTS
 from train.models import BUILDERS, Network, build_model
 from train.recipe import ModelConfig, load_recipe
 
-from .bundle_writer import Options, Report, export_network, refuse_existing
+from .bundle_writer import Options, Report, export_network
 from .errors import ExportError
+from .folders import refuse_existing
 from .to_onnx import quiet
 
 STAGE = "main"
@@ -48,8 +49,8 @@ def export_checkpoint(
     Raises: ExportError if the file is not such a state dict or does not fit the network, and as export_network.
     """
     refuse_existing(out)
-    if options.scale is None:
-        raise ExportError(f"{path}: a plain checkpoint does not say by how much it enlarges; give --scale")
+    if options.scale is None or options.scale < 1:
+        raise ExportError(f"{path}: a plain checkpoint does not say by how much it enlarges; give --scale, 1 or more")
     config = _configure(arch, options.scale, settings)
     state = read_state(path)
     network = _build(config)
@@ -65,6 +66,8 @@ def read_state(path: Path) -> dict[str, Tensor]:
     """
     if path.suffix not in SUFFIXES:
         raise ExportError(f"{path}: a checkpoint is a .safetensors, {', '.join(PICKLES)} file, or a run of sr-train")
+    if path.exists() and not path.is_file():
+        raise ExportError(f"{path}: not a file")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
@@ -131,10 +134,13 @@ def _configure(arch: str, scale: int, settings: tuple[str, ...]) -> ModelConfig:
 
 def _build(config: ModelConfig) -> Network:
     try:
-        with quiet("train.feature_nets"):  # its weights are random for a moment only
+        with quiet("train.feature_nets"), warnings.catch_warnings():  # its weights are random for a moment only
+            warnings.simplefilter("ignore")  # of layers without channels, which do not fit below
             return build_model(config, weights=RANDOM_WEIGHTS)
     except TrainError as exc:
         raise ExportError(str(exc)) from exc
+    except (RuntimeError, ValueError, TypeError, IndexError) as exc:  # sizes that no layer can have
+        raise ExportError(f"--set: {config.name} cannot be built so ({_first_line(exc)})") from exc
 
 
 def _load(network: Network, state: Mapping[str, Tensor], *, where: str) -> None:
@@ -153,11 +159,22 @@ def _load(network: Network, state: Mapping[str, Tensor], *, where: str) -> None:
         for name, tensor in expected.items()
         if name in state and state[name].shape != tensor.shape
     ]
+    kinds = [
+        f"{name} is {str(state[name].dtype).removeprefix('torch.')}"
+        for name, tensor in expected.items()
+        if name in state and tensor.is_floating_point() and not _is_plain(state[name])
+    ]
+    if kinds:
+        faults.append(f"{len(kinds)} not dense floating-point numbers: {_some(kinds)}")
     if shapes:
         faults.append(f"{len(shapes)} of another shape: {_some(shapes)}")
     if faults:
         raise ExportError(f"{where}: the weights do not fit: {'; '.join(faults)}. Choose --arch and --set as trained")
     network.load_state_dict(dict(state))
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and tensor.layout is torch.strided and tensor.device.type != "meta"
 
 
 def _some(items: list[str]) -> str:

@@ -1,6 +1,6 @@
 """TensorRT engines of a bundle for the GPU at hand: built, checked against the ONNX graphs, put where they are wanted.
 
-Needs numpy, pillow and tensorrt with cuda-python or PyCUDA; neither PyTorch nor ONNX.
+Needs numpy, pillow, onnx, and tensorrt with cuda-python or PyCUDA; no PyTorch.
 """
 
 from __future__ import annotations

@@ -13,7 +13,6 @@ model's configuration, which a client gets from the server.
 from __future__ import annotations
 
 import math
-import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -29,6 +28,7 @@ from sdk.onnx_locations import check_locations
 from sdk.version import __version__
 
 from .errors import ExportError
+from .folders import new_folder
 
 INPUT, OUTPUT = "picture", "result"  # names in the deploy graph
 # device -> bytes of activations that one batch may take, unless options ask for more.
@@ -36,8 +36,8 @@ BUDGET_BYTES = {"gpu": 2 << 30, "cpu": 512 << 20}
 BATCHES = (8, 4, 2, 1)
 ROOMY_HALOS = 4  # smaller windows would be little but halo: batches give way first
 ROOMY_SIDE = 256
-# device -> parameters of Triton's ONNX Runtime, in the form that all its versions read, as the runtime sets its own
-# session: sizes change, and memory is taken as asked for.
+# device -> parameters of Triton's ONNX Runtime, in the form that all its versions read: sizes change, and memory is
+# taken as asked for. TF32, which the SDK's own sessions do without, has no such parameter.
 SESSION = {
     "gpu": {"cudnn_conv_algo_search": "1", "arena_extend_strategy": "1"},
     "cpu": {"enable_mem_pattern": "0"},
@@ -77,17 +77,9 @@ def write_repository(bundle: Bundle, folder: Path, options: Options) -> list[str
     or the folder cannot be written; BundleError for a graph that needs other files than its stage's.
     """
     _check(options)
-    if folder.exists():
-        raise ExportError(f"{folder}: exists already; choose another name or remove it")
-    stages = list(bundle.manifest.stages) if options.stage == "all" else [bundle.stage(options.stage)]
-    if options.engine and len(stages) > 1:
-        raise ExportError(
-            f"{options.engine}: an engine is of one stage; name which of {', '.join(stage.name for stage in stages)}"
-        )
+    stages = _choose_stages(bundle, options)
     names: list[str] = []
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    try:
-        temporary.mkdir(parents=True)
+    with new_folder(folder) as temporary:
         for stage in stages:
             name = _model_name(bundle.manifest.name, stage.name, taken=names)
             version = temporary / name / "1"
@@ -99,12 +91,41 @@ def write_repository(bundle: Bundle, folder: Path, options: Options) -> list[str
             text = render(_config(name, bundle, stage, model, options))
             (temporary / name / "config.pbtxt").write_text(text, encoding="utf-8", newline="\n")
             names.append(name)
-        temporary.rename(folder)
-    except OSError as exc:
-        raise ExportError(f"{folder}: cannot be written ({exc.strerror or exc})") from exc
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return names
+
+
+def _choose_stages(bundle: Bundle, options: Options) -> list[Stage]:
+    """Choose what is served; an engine out of the cache says of which stage it is."""
+    if options.stage != "all":
+        return [bundle.stage(options.stage)]
+    stages = list(bundle.manifest.stages)
+    if options.engine and len(stages) > 1:
+        key, _ = _read_engine(options.engine)
+        own = [stage for stage in stages if key and key.onnx in {graph.file.sha256 for graph in stage.graphs}]
+        if len(own) != 1:
+            names = ", ".join(stage.name for stage in stages)
+            raise ExportError(f"{options.engine}: does not say of which stage it is; name one of {names}")
+        return own
+    return stages
+
+
+def _read_engine(path: Path) -> tuple[Key | None, bytes]:
+    """Read a plan; of an engine out of the cache the key too.
+
+    Raises: ExportError if it cannot be read or is damaged.
+    """
+    try:
+        if path.exists() and not path.is_file():
+            raise ExportError(f"{path}: not a file")
+        data = path.read_bytes()
+    except OSError as exc:
+        raise ExportError(f"{path}: cannot be read ({exc.strerror or exc})") from exc
+    if not data.startswith(MAGIC):
+        return None, data
+    try:
+        return parse_engine(data)
+    except ValueError as exc:
+        raise ExportError(f"{path}: {exc}; let the runtime build it anew") from exc
 
 
 @dataclass(frozen=True)
@@ -164,21 +185,13 @@ def _add_onnx(version: Path, bundle: Bundle, stage: Stage, options: Options) -> 
 
 def _add_plan(version: Path, engine: Path, stage: Stage, options: Options) -> _Model:
     """Write the plan of an engine. One of ours says what it was built for, and is held to it."""
-    try:
-        data = engine.read_bytes()
-    except OSError as exc:
-        raise ExportError(f"{engine}: cannot be read ({exc.strerror or exc})") from exc
     parameters: dict[str, str] = {}
-    if data.startswith(MAGIC):
-        try:
-            key, plan = parse_engine(data)
-        except ValueError as exc:
-            raise ExportError(f"{engine}: {exc}; let the runtime build it anew") from exc
+    key, plan = _read_engine(engine)
+    if key is not None:
         max_batch, window = _fit_profile(engine, key, stage, options)
         built_for = f"{key.library}, {key.gpu}, compute capability {key.capability}"
         parameters = {"sr_precision": key.precision, "sr_engine": built_for}
     elif options.max_batch and options.window:
-        plan = data
         max_batch, window = _choose_sizes(stage, options)
     else:
         raise ExportError(

@@ -41,6 +41,8 @@ def check_locations(path: Path, allowed: Collection[str]) -> None:
     ONNX's own, or if the file is not well-formed protobuf.
     """
     try:
+        if path.exists() and not path.is_file():
+            raise BundleError(f"{path}: not a file")
         if path.stat().st_size > MAX_GRAPH_BYTES:
             raise BundleError(f"{path}: larger than {MAX_GRAPH_BYTES} bytes; export it with external weights")
         data = path.read_bytes()

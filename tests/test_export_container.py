@@ -88,6 +88,7 @@ def test_variables_are_those_that_the_sdk_reads():
         for name in re.findall(r'environ\.get\(\s*"(SR_[A-Z_]+)"', path.read_text(encoding="utf-8"))
     }
     ours = {name: value for name, value in settings("ENV").items() if name.startswith("SR_")}
+    assert ours.pop("SR_EXTRAS") == "${EXTRAS}"  # for the entry point
     assert ours == {"SR_ENGINE_DIR": "/engines", "SR_CACHE_DIR": "/cache"} and set(ours) <= read
     assert set(json.loads(texts("VOLUME")[0])) == set(ours.values())
     (folders,) = re.findall(r"install --directory --mode 1777 (.*)", "\n".join(texts("RUN")))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 
 import numpy as np
@@ -214,6 +215,53 @@ def test_a_network_that_changes_brightness_is_taken_with_its_range(tmp_path, pho
     import_onnx(path, tmp_path / "bundle", value_range=1, pictures=photos)
     with Upscaler(tmp_path / "bundle", backend="onnxruntime") as upscaler:
         assert np.abs(upscaler.upscale(PICTURE) - PICTURE / 2).max() <= 1
+
+
+def test_a_wrong_range_is_not_believed(tmp_path, refusal):
+    path = Foreign(white=255).write(tmp_path / "model.onnx")
+    assert "--value-range 1 is wrong" in refusal(path, value_range=1)
+
+
+def test_networks_that_divide_by_zero_are_refused(tmp_path, refusal):
+    """White alone makes NaN of 0/0, which would come out as black."""
+
+    def spoil(graph, y):
+        dark = graph.add("Sub", graph.tensor(1.0), y)
+        mean = graph.add("AveragePool", dark, kernel_shape=[9, 9], pads=[4] * 4)
+        return graph.add("Sub", graph.tensor(1.0), graph.add("Mul", dark, graph.add("Div", mean, mean)))
+
+    path = tmp_path / "white.onnx"
+    graph = Nodes()
+    y = graph.add("Resize", "in put", "", graph.tensor([1, 1, 2, 2]), mode="nearest")
+    graph.add("Identity", spoil(graph, y), output="out put")
+    write_graph(path, graph, shape_in=ANY, shape_out=["n", 3, "H", "W"])
+    assert "gives NaN or infinite values" in refusal(path)
+
+
+def test_what_engines_do_not_survive_is_refused(tmp_path, refusal):
+    graph = Nodes()
+    y = graph.add("Resize", "in put", "", graph.tensor([1, 1, 2, 2]), mode="nearest")
+    graph.nodes.append(helper.make_node("Split", [y], ["a", "", "c"], axis=1))
+    graph.add("Concat", "a", "a", "c", output="out put", axis=1)
+    path = write_graph(tmp_path / "split.onnx", graph, shape_in=ANY, shape_out=["n", 3, "H", "W"])
+    assert "a Split without a name for a part" in refusal(path)
+    graph = Nodes()
+    y = graph.add("Resize", "in put", "", graph.tensor([1, 1, 2, 2]), mode="nearest")
+    coarse = graph.add("Cast", y, to=TensorProto.BFLOAT16)
+    graph.add("Cast", coarse, output="out put", to=TensorProto.FLOAT)
+    path = write_graph(tmp_path / "bf16.onnx", graph, shape_in=ANY, shape_out=["n", 3, "H", "W"])
+    assert "computes in bfloat16" in refusal(path)
+    graph = Nodes()
+    y = graph.add("Resize", "in put", "", graph.tensor([1, 1, 2, 2]), mode="nearest")
+    parts = graph.add("SplitToSequence", y, axis=1)
+    graph.add("ConcatFromSequence", parts, output="out put", axis=1)
+    path = write_graph(tmp_path / "list.onnx", graph, shape_in=ANY, shape_out=["n", 3, "H", "W"])
+    assert "computes with lists" in refusal(path)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path, refusal):
+    os.mkfifo(tmp_path / "pipe.onnx")
+    assert "not a file" in refusal(tmp_path / "pipe.onnx")
 
 
 def test_a_range_that_makes_no_difference_is_zero_to_one(tmp_path, photos):
@@ -583,6 +631,7 @@ def test_damaged_files_are_refused(tmp_path, refusal, damage):
     message = refusal(path)
     assert str(path) in message
     words = {"cut": "not an ONNX graph", "empty": "not a valid ONNX model", "text": "not an ONNX graph"}
+    words["folder"] = "not a file"
     assert words.get(damage, "cannot be read") in message
 
 

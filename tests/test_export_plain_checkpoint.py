@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 from dataclasses import replace
 from pathlib import Path
@@ -191,3 +192,34 @@ def test_an_existing_output_is_refused_before_anything_is_read(tmp_path):
     (tmp_path / "b").mkdir()
     with pytest.raises(ExportError, match="exists already"):
         export_checkpoint(tmp_path / "nothing.pth", tmp_path / "b", OPTIONS, arch="fast", settings=SETTINGS)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda tensor: tensor.to_sparse(),
+        lambda tensor: tensor.to("meta"),
+        lambda tensor: tensor.to(torch.complex64),
+        lambda tensor: (tensor * 100).to(torch.int8),
+    ],
+)
+def test_weights_that_are_no_plain_numbers_are_refused(state, tmp_path, change):
+    name = next(name for name, tensor in state.items() if tensor.ndim == 4)
+    torch.save(state | {name: change(state[name])}, tmp_path / "model.pth")
+    assert "1 not dense floating-point numbers" in refused(tmp_path / "model.pth")
+
+
+@pytest.mark.parametrize("setting", ["channels=-1", "blocks=[1,1]", "blocks=5", 'channels="x"', "channels=0"])
+def test_sizes_that_no_network_has_are_refused(state, tmp_path, setting):
+    save_file(state, tmp_path / "model.safetensors")
+    refused(tmp_path / "model.safetensors", settings=(f"model.{setting}",))
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "model.pth")
+    assert "not a file" in refused(tmp_path / "model.pth")
+
+
+def test_a_scale_that_enlarges_nothing_is_refused(state, tmp_path):
+    save_file(state, tmp_path / "model.safetensors")
+    assert "--scale, 1 or more" in refused(tmp_path / "model.safetensors", options=Options(scale=0))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -17,7 +18,7 @@ from export import triton
 from export.errors import ExportError
 from export.triton import Options, render, write_repository
 from sdk import Bundle, Upscaler, tiling
-from sdk.backends.engine_cache import MAGIC, Key, write_engine
+from sdk.backends.engine_cache import MAGIC, Key, read_engine, write_engine
 from sdk.errors import BundleError, OptionError
 
 ROOT = Path(__file__).parent.parent
@@ -347,8 +348,42 @@ def test_a_plan_of_others_needs_its_sizes(bundle, tmp_path):
 
 
 def test_an_engine_is_of_one_stage(fast, tmp_path):
-    with pytest.raises(ExportError, match="name which of 96, 192"):
-        write_repository(fast, tmp_path / "r", Options(engine=tmp_path / "x.engine"))
+    plan = tmp_path / "trtexec.plan"
+    plan.write_bytes(PLAN)
+    with pytest.raises(ExportError, match="does not say of which stage it is; name one of 96, 192"):
+        write_repository(fast, tmp_path / "r", Options(engine=plan))
+    stage = fast.stage("192")
+    graph = stage.graph(precision="fp16", ends="uint8").file.sha256
+    changes = {"onnx": graph, "weights": stage.weights.sha256}
+    engine = write_own_engine(fast, tmp_path, **changes)
+    assert write_repository(fast, tmp_path / "r", Options(engine=engine)) == ["fast-x2-192"]
+
+
+@pytest.mark.parametrize(
+    "name,value",
+    [
+        ("profile", [[1, 8, 8, 3], [1, 8, 8, 3], [1, float("inf"), 8, 3]]),
+        ("profile", [[-4, -5, -5, 3]] * 3),
+        ("profile", [[0, 0, 0, 3]] * 3),
+        ("profile", [[1, 8, 8, 3], [1, 8, 8, 3], [10**12, 8, 8, 3]]),
+        ("profile", [[2, 8, 8, 3], [1, 8, 8, 3], [1, 8, 8, 3]]),
+        ("onnx", []),
+        ("precision", {"a": 1}),
+        ("flags", [1]),
+    ],
+)
+def test_headers_that_make_no_sense_are_refused(bundle, tmp_path, name, value):
+    """Their plan is whole: the hash is of that alone."""
+    engine = write_own_engine(bundle, tmp_path)
+    data = engine.read_bytes()[len(MAGIC) :]
+    length = int.from_bytes(data[:4], "little")
+    header = json.loads(data[4 : 4 + length])
+    header["key"][name] = value
+    text = json.dumps(header).encode()
+    engine.write_bytes(MAGIC + len(text).to_bytes(4, "little") + text + data[4 + length :])
+    with pytest.raises(ExportError, match="a key of another format"):
+        write(bundle, tmp_path / "r", engine=engine)
+    assert read_engine(engine, engine_key(bundle)) is None
 
 
 # What is refused

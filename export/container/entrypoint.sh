@@ -7,5 +7,6 @@ if [ "${1-}" = warm ]; then
     folder=$(mktemp -d)
     { printf 'P6 64 64 255\n' && head -c 12288 /dev/zero; } >"$folder/black.ppm"
     set -- "$folder/black.ppm" -o "$folder/large.png" --verbose "$@"
+    case ",${SR_EXTRAS-}," in *,tensorrt,*) set -- --backend tensorrt "$@" ;; esac # nothing else keeps engines
 fi
 exec sr-upscale "$@" # in this process, which gets the signals

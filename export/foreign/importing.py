@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import re
-import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -21,13 +18,14 @@ from sdk.bundle import FORMAT, MANIFEST, VERSION, Bundle, Graph, HaloRow, Manife
 from sdk.errors import BackendUnavailable
 
 from .. import verify
-from ..bundle_writer import NOTICE, refuse_existing
+from ..bundle_writer import NOTICE
 from ..errors import ExportError
+from ..folders import new_folder, refuse_existing
 from ..parity import MAX_FLOAT_ERROR, check_parity, on_grid, read_pictures
 from ..to_onnx import OPSET
 from . import wrapping
 from .converting import convert
-from .probing import WHITES, Findings, Run, as_pictures, probe
+from .probing import MAX_BRIGHTNESS_ERROR, WHITES, Findings, Run, as_pictures, probe
 from .reading import ForeignGraph, read
 from .session import Session
 
@@ -75,12 +73,14 @@ def import_onnx(
         _check_conversion(run, as_pictures(session, findings), foreign, findings)
     except ExportError as exc:
         raise ExportError(f"{path}: {exc}") from exc
+    if findings.brightness_error > MAX_BRIGHTNESS_ERROR:
+        report(f"{path.name}: smooth pictures change by {findings.brightness_error:.0%} in the range that was given")
     report(
         f"{path.name}: x{findings.scale}, {findings.input_layout} to {findings.output_layout}, "
         f"values 0-{findings.white}, stride {findings.stride}, opset {foreign.opset}, {foreign.precision}; "
         + ("blue first, as told" if bgr else "red first, which no probe can tell (--bgr: blue first)")
     )
-    with _new_folder(out) as folder:
+    with new_folder(out) as folder:
         stage = _build_stage(network, findings, folder, name=name, bgr=bgr)
         report(f"stage {name}: {SKIPPED}")
         references = _references(run, stage, bgr=bgr, pictures=pictures)
@@ -96,20 +96,6 @@ def import_onnx(
         (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
         Bundle.load(folder)  # what is written must be what can be read
     return manifest
-
-
-@contextlib.contextmanager
-def _new_folder(out: Path) -> Iterator[Path]:
-    """Give a folder that gets its name when it is complete, and goes if it does not become so."""
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        temporary.rename(out)
-    except OSError as exc:
-        raise ExportError(f"{out}: cannot be written ({exc.strerror or exc})") from exc
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _check_conversion(converted: Run, original: Run, foreign: ForeignGraph, findings: Findings) -> None:

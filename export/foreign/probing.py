@@ -24,6 +24,7 @@ FIRST_SIZES = ((48, 96), (64, 128))  # one of them is on the grid of any of thes
 WHITES = (1, 255)
 MAX_BRIGHTNESS_ERROR = 0.05  # of white: trained networks stay within a hundredth, a wrong range is off by several
 CLEAR_CHOICE = 3  # so many times smaller is the error of the right range, if both are small
+FLAT = ((0, 0, 0), (1, 1, 1), (1, 0, 0), (0, 1, 0), (0, 0, 1))  # where networks divide by zero
 STEP = 0.5 / 255  # half a code value: a difference that shows
 MAX_SHIFT_ERROR = 0.25 / 255
 CONTEXTS = (96, 192, 384)  # pixels on both sides together of what is compared
@@ -62,6 +63,8 @@ def probe(foreign: ForeignGraph, session: Session, *, white: int | None = None) 
     findings = _find_range(session, findings, size, white)
     run = as_pictures(session, findings)
     _check_steadiness(run, size)
+    for colour in FLAT:  # raises for NaN
+        run(np.broadcast_to(np.array(colour, np.float32), (1, *size, 3)))
     return replace(findings, stride=_find_stride(run, findings.scale))
 
 
@@ -139,6 +142,13 @@ def _find_range(session: Session, findings: Findings, size: tuple[int, int], whi
         raise ExportError("gives NaN or infinite values")
     fitting = sorted((value for value in tried if tried[value] <= MAX_BRIGHTNESS_ERROR), key=tried.__getitem__)
     if white:
+        other = next(value for value in WHITES if value != white)
+        other_error = _brightness_error(session, replace(findings, white=other), size)
+        if white not in fitting and other_error <= MAX_BRIGHTNESS_ERROR:
+            raise ExportError(
+                f"keeps the brightness of pictures from 0 to {other}, and changes it by {tried[white]:.0%} from 0 to "
+                f"{white}: --value-range {white} is wrong"
+            )
         fitting = [white]  # said by one who knows
     if not fitting:
         errors = " and ".join(f"{error:.0%} in the range 0-{value}" for value, error in tried.items())

@@ -30,6 +30,7 @@ TYPES = {
 WHOLE = "looks at the whole picture, so that tiles would differ from it"
 CHANCE = "gives another result each time"
 QUANTISED = "computes in integers: import the model as it was before quantisation"
+SEQUENCE = "computes with lists: export the model with fixed numbers of splits"
 REFUSED = {
     **dict.fromkeys(("GlobalAveragePool", "GlobalMaxPool", "GlobalLpPool"), WHOLE),
     **dict.fromkeys(("InstanceNormalization", "GroupNormalization", "LSTM", "GRU", "RNN"), WHOLE),
@@ -37,6 +38,11 @@ REFUSED = {
     **dict.fromkeys(("Bernoulli", "Multinomial"), CHANCE),
     **dict.fromkeys(("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear"), QUANTISED),
     **dict.fromkeys(("QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger"), QUANTISED),
+    **dict.fromkeys(
+        ("SplitToSequence", "SequenceAt", "SequenceConstruct", "SequenceEmpty", "SequenceInsert"), SEQUENCE
+    ),
+    **dict.fromkeys(("SequenceErase", "SequenceLength", "ConcatFromSequence"), SEQUENCE),
+    **dict.fromkeys(("Optional", "OptionalGetElement", "OptionalHasElement"), SEQUENCE),
 }
 
 
@@ -71,6 +77,8 @@ def read(path: Path) -> ForeignGraph:
     source = _find_input(path, model)
     for kind in sorted({node.op_type for node in model.graph.node} & set(REFUSED)):
         raise ExportError(f"{path}: not taken, because its operator {kind} {REFUSED[kind]}")
+    for node in model.graph.node:
+        _check_node(path, node)
     shape = _shape(source)
     layouts = _layouts(path, shape)
     rows, columns = (2, 3) if layouts[0] == "NCHW" else (1, 2)
@@ -78,6 +86,16 @@ def read(path: Path) -> ForeignGraph:
     _check_values(path, freed, layouts[0])
     size = (shape[rows], shape[columns])
     return ForeignGraph(freed, layouts, size, _precision(freed.graph), _opset(path, freed), tuple(files))
+
+
+def _check_node(path: Path, node: onnx.NodeProto) -> None:
+    """Refuse what engines do not survive, or have no numbers for."""
+    if node.op_type == "Split" and "" in node.output:
+        raise ExportError(f"{path}: a Split without a name for a part, on which engines crash: export it again")
+    kinds = {attribute.i for attribute in node.attribute if node.op_type == "Cast" and attribute.name == "to"}
+    for kind in kinds - TYPES:
+        name = TensorProto.DataType.Name(kind).lower() if kind in TensorProto.DataType.values() else str(kind)
+        raise ExportError(f"{path}: not taken, because it computes in {name}: export it in fp32")
 
 
 def _load(path: Path) -> tuple[onnx.ModelProto, list[File]]:
@@ -152,7 +170,8 @@ def _find_input(path: Path, model: onnx.ModelProto) -> ValueInfoProto:
             raise ExportError(f"{path}: has {len(values)} {what}, expected one picture")
         kind = values[0].type.tensor_type
         if kind.elem_type not in FLOATS:
-            raise ExportError(f"{path}: data type {kind.elem_type} among its {what}, expected float pictures")
+            name = TensorProto.DataType.Name(kind.elem_type).lower() if kind.elem_type else "unknown"
+            raise ExportError(f"{path}: {what} of type {name}, expected float pictures: export the bare network")
         if kind.HasField("shape") and len(kind.shape.dim) != 4:
             raise ExportError(
                 f"{path}: {what} of {len(kind.shape.dim)} dimensions, a picture has 4: not a super-resolution network"

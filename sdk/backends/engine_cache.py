@@ -29,6 +29,7 @@ MAGIC = b"SR-SDK engine\n"
 FORMAT = 1
 MAX_HEADER_BYTES = 1 << 16
 MAX_FILE_BYTES = 8 << 30
+MAX_SIDE = 1 << 16  # of a window, in a header that is believed
 LOCK_POLL_S = 0.2
 STALE_S = 3600  # writing a file takes seconds
 
@@ -104,7 +105,7 @@ def parse_engine(data: bytes) -> tuple[Key, bytes]:
         raise ValueError("damaged header")
     try:
         header = json.loads(data[start : start + length])
-    except ValueError as exc:  # also bytes that are no text
+    except (ValueError, RecursionError) as exc:  # also bytes that are no text
         raise ValueError("damaged header") from exc
     plan = data[start + length :]
     if not isinstance(header, dict) or header.get("format") != FORMAT:
@@ -113,10 +114,22 @@ def parse_engine(data: bytes) -> tuple[Key, bytes]:
         raise ValueError("damaged: its SHA-256 differs")
     try:
         key = Key(**header["key"])
-        profile = tuple(tuple(map(int, shape)) for shape in key.profile)
-        if [len(shape) for shape in profile] != [4, 4, 4]:
-            raise ValueError(f"profile {profile}")
-        return replace(key, profile=profile, flags=tuple(map(str, key.flags))), plan
+        profile, flags = tuple(map(tuple, key.profile)), tuple(key.flags)
+        texts = [key.onnx, key.weights, key.library, key.gpu, key.capability, key.precision, key.ends, *flags]
+        is_text = all(isinstance(text, str) for text in texts)
+        sides = [side for shape in profile for side in shape]
+        is_profile = [len(shape) for shape in profile] == [4, 4, 4] and all(type(side) is int for side in sides)
+        smallest, best, largest = profile
+        if (
+            not is_text
+            or not is_profile
+            or not all(
+                1 <= low <= middle <= high <= MAX_SIDE
+                for low, middle, high in zip(smallest, best, largest, strict=True)
+            )
+        ):
+            raise ValueError(f"key {asdict(key)}")
+        return replace(key, profile=profile, flags=flags), plan
     except (KeyError, TypeError, ValueError) as exc:
         raise ValueError(f"a key of another format ({exc!r:.200})") from exc
 
@@ -161,7 +174,10 @@ def lock(path: Path) -> AbstractContextManager[Any]:
 
     Raises: OSError, at once, where files cannot be locked.
     """
-    stream = open(path.with_name(path.name + ".lock"), "ab")  # noqa: SIM115 -- closing() closes it, which lets go
+    place = path.with_name(path.name + ".lock")
+    if place.exists() and not place.is_file():  # a pipe would be waited for
+        raise OSError(errno.EINVAL, f"{place} is not a file")
+    stream = open(place, "ab")  # noqa: SIM115 -- closing() closes it, which lets go
     try:
         waits = False
         while not _try_lock(stream):

@@ -360,7 +360,7 @@ def _read_timing_cache(trt: Any, config: Any, path: Path | None) -> Any:
     data = b""
     if path:
         try:
-            data = path.read_bytes()
+            data = path.read_bytes() if path.is_file() or not path.exists() else b""
         except FileNotFoundError:
             pass
         except OSError as exc:
