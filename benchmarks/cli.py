@@ -18,6 +18,7 @@ from . import quality as quality_module
 from . import runtime as runtime_module
 from .cores import limit_threads
 from .report import render
+from .restoration import restoration_command
 from .result import check_writable, write_json
 
 SIDES = range(16, 8193)
@@ -44,6 +45,9 @@ json_option = click.option("--json", "json_path", type=click.Path(path_type=Path
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 def main() -> None:
     """Measure what the SDK costs and what it gives, beside plain interpolation."""
+
+
+main.add_command(restoration_command)
 
 
 @main.command()

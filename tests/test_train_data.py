@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,9 +14,19 @@ import pytest
 import torch
 from PIL import Image
 
-from train.data import CropPairs, Photographs, batches, find_pictures, random_pair, read_photographs, split_validation
+from train.check import find_pictures, perceptual_hash
+from train.data import (
+    CropPairs,
+    PairedPhotographs,
+    Photographs,
+    paired_crop,
+    random_pair,
+    read_photographs,
+    split_validation,
+)
 from train.degrade import degrade
 from train.errors import DataError
+from train.loading import Steps, batches
 from train.recipe import DegradeConfig, StageConfig
 
 MakePhoto = Callable[..., np.ndarray]
@@ -131,12 +144,13 @@ def test_every_photograph_is_seen_once_in_an_epoch(make_photo: MakePhoto) -> Non
         assert sorted(seen) == [0, 1, 2, 3, 4]
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than this machine has cores
 @pytest.mark.parametrize("workers", [1, 2])
 def test_samples_do_not_depend_on_workers(workers: int, make_photo: MakePhoto) -> None:
     dataset = crop_pairs(make_photo)
-    alone = list(batches(dataset, batch=2, first_step=0, last_step=5, workers=0))
-    shared = list(batches(dataset, batch=2, first_step=0, last_step=5, workers=workers))
-    resumed = list(batches(dataset, batch=2, first_step=3, last_step=5, workers=workers))
+    alone = list(batches(dataset, Steps(0, 5, batch=2), workers=0))
+    shared = list(batches(dataset, Steps(0, 5, batch=2), workers=workers))
+    resumed = list(batches(dataset, Steps(3, 5, batch=2), workers=workers))
     assert len(alone) == len(shared) == 5
     for (lr, hr), (lr2, hr2) in zip([*alone, *alone[3:]], [*shared, *resumed], strict=True):
         assert torch.equal(lr, lr2) and torch.equal(hr, hr2)
@@ -144,7 +158,7 @@ def test_samples_do_not_depend_on_workers(workers: int, make_photo: MakePhoto) -
 
 def test_a_batch_has_one_scale(make_photo: MakePhoto) -> None:
     dataset = crop_pairs(make_photo, scales=(1, 2, 4))
-    sizes = {lr.shape[-1] for lr, _ in batches(dataset, batch=2, first_step=0, last_step=12, workers=0)}
+    sizes = {lr.shape[-1] for lr, _ in batches(dataset, Steps(0, 12, batch=2), workers=0)}
     assert sizes == {8, 16, 32}
 
 
@@ -223,6 +237,159 @@ def test_small_pictures_are_left_out(photo_folder: Path, caplog: pytest.LogCaptu
         read_photographs(photo_folder, smallest_side=500)
 
 
-def test_the_fingerprint_tells_other_data(make_photo: MakePhoto) -> None:
+def test_the_fingerprint_is_of_pixels_and_order(make_photo: MakePhoto) -> None:
     some = photographs(make_photo, 3)
-    assert some.fingerprint() != replace(some, paths=(Path("x"), *some.paths[1:])).fingerprint()
+    other = some.pictures[0].copy()
+    other[5, 7, 1] ^= 1
+    assert some.fingerprint() == replace(some, paths=(Path("x"), *some.paths[1:])).fingerprint()
+    assert some.fingerprint() == some.take([0, 1, 2]).fingerprint()
+    different = [
+        replace(some, pictures=(other, *some.pictures[1:])),
+        replace(some, pictures=some.pictures[::-1]),
+        replace(some, pictures=(some.pictures[0].reshape(56, 48, 3), *some.pictures[1:])),
+        some.take([0, 1]),
+        PairedPhotographs(some.paths, some.pictures, lr_pictures=some.pictures),
+    ]
+    assert len({each.fingerprint() for each in (some, *different)}) == 1 + len(different)
+
+
+def test_pixels_are_hashed_once(make_photo: MakePhoto, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    monkeypatch.setattr("train.data.pixel_digest", lambda picture: calls.append(1) or str(picture.sum()))
+    some = photographs(make_photo, 10)
+    split_validation(some, 2), some.fingerprint(), some.fingerprint(), split_validation(some, 2)
+    assert len(calls) == 10
+
+
+def split_before(everything: Photographs, count: int) -> tuple[list[int], list[int]]:
+    """Split by equal pixels alone, as it was done before near-duplicates were looked for."""
+    room = min(count, len(everything) // 5)
+    digests = [hashlib.sha256(picture.tobytes()).hexdigest() for picture in everything.pictures]
+    held_out = set()
+    for digest, copies in sorted(Counter(digests).items()):
+        if copies <= room:
+            held_out.add(digest)
+            room -= copies
+    sides: tuple[list[int], list[int]] = ([], [])
+    for index, digest in enumerate(digests):
+        sides[digest in held_out].append(index)
+    return sides
+
+
+@pytest.mark.parametrize("count", [0, 1, 3, 7, 16])
+def test_a_split_without_near_duplicates_is_the_former_one(count: int, make_photo: MakePhoto) -> None:
+    several = photographs(make_photo, 40)
+    repeated = several.take([*range(40), 3, 3, 9, 17, 3])
+    for everything in (several, repeated):
+        train, validation = split_validation(everything, count)
+        before = split_before(everything, count)
+        assert [list(train.paths), list(validation.paths)] == [list(everything.take(s).paths) for s in before]
+
+
+def test_near_duplicates_fall_on_one_side(make_photo: MakePhoto) -> None:
+    originals = [make_photo(120, 160, seed) for seed in range(15)]
+    everything: list[np.ndarray] = []
+    for picture in originals:
+        image = Image.fromarray(picture)
+        buffer = io.BytesIO()
+        image.save(buffer, "JPEG", quality=60)
+        small = image.resize((120, 90), Image.Resampling.BICUBIC)
+        everything += [picture, np.asarray(Image.open(buffer)), np.asarray(small)]
+    paths = tuple(Path(f"{index}.png") for index in range(len(everything)))
+    train, validation = split_validation(Photographs(paths, tuple(everything)), 9)
+    sides = [{int(path.stem) // 3 for path in side.paths} for side in (train, validation)]
+    assert not sides[0] & sides[1] and len(sides[0]) + len(sides[1]) == 15
+    assert len(validation) == 9  # three families of three
+
+
+def test_a_chain_of_likenesses_stays_together(make_photo: MakePhoto, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Each differs from the one before in 6 bits, the ends in 24: only the chain joins them.
+    hashes = [0, 0b111111, 0b111111 << 6 | 0b111111, (1 << 18) - 1, (1 << 24) - 1]
+    far = [int(value) for value in np.random.default_rng(0).integers(0, 1 << 63, 20)]
+    some = photographs(make_photo, 25)
+    by_pixels = dict(zip([picture.tobytes() for picture in some.pictures], [*hashes, *far]))
+    monkeypatch.setattr("train.data.perceptual_hash", lambda picture: by_pixels[picture.tobytes()])
+    for count in range(1, 6):
+        train, validation = split_validation(some, count)
+        assert len({path in train.paths for path in some.paths[:5]}) == 1
+        assert len(train) + len(validation) == 25
+
+
+def test_perceptual_hashes_survive_what_copies_go_through(make_photo: MakePhoto) -> None:
+    for seed in range(10):
+        picture = make_photo(200, 260, seed)
+        reduced = np.asarray(Image.fromarray(picture).resize((130, 100), Image.Resampling.BICUBIC))
+        darker = (picture * 0.9).astype(np.uint8)
+        for copy in (reduced, darker):
+            assert (perceptual_hash(picture) ^ perceptual_hash(copy)).bit_count() <= 8
+        assert (perceptual_hash(picture) ^ perceptual_hash(make_photo(200, 260, seed + 10))).bit_count() > 8
+
+
+# Pairs whose LR pictures are given
+
+
+def paired(make_photo: MakePhoto, count: int, *, scale: int) -> PairedPhotographs:
+    hr = tuple(make_photo(24 * scale, 32 * scale, seed) for seed in range(count))
+    lr = tuple(np.asarray(Image.fromarray(p).resize((32, 24), Image.Resampling.BICUBIC)) for p in hr)
+    return PairedPhotographs(tuple(Path(f"{index}.png") for index in range(count)), hr, lr_pictures=lr)
+
+
+@pytest.mark.parametrize("scale", [1, 2, 3, 4])
+def test_paired_crops_are_of_one_place(scale: int, make_photo: MakePhoto) -> None:
+    pairs = paired(make_photo, 1, scale=scale)
+    border = 3  # LR pixels that the reduction's filter reaches beyond a crop
+    size = 16 * scale
+    places = set()
+    for seed in range(60):
+        lr, hr = paired_crop(pairs.lr_pictures[0], pairs.pictures[0], size=size, scale=scale, rng=rng(seed))
+        assert lr.shape == (16, 16, 3) and hr.shape == (size, size, 3)
+        generator = rng(seed)
+        top, left = int(generator.integers(0, 9)), int(generator.integers(0, 17))
+        turns, flip = int(generator.integers(0, 4)), bool(generator.integers(0, 2))
+        lr, hr = (np.rot90(image, -turns) for image in (lr, hr))
+        lr, hr = (image[:, ::-1] if flip else image for image in (lr, hr))
+        for image, whole, factor in ((lr, pairs.lr_pictures[0], 1), (hr, pairs.pictures[0], scale)):
+            cut = whole[top * factor : (top + 16) * factor, left * factor : (left + 16) * factor]
+            assert np.array_equal(image, cut)
+        reduced = np.asarray(Image.fromarray(hr).resize((16, 16), Image.Resampling.BICUBIC))
+        assert np.array_equal(lr[border:-border, border:-border], reduced[border:-border, border:-border])
+        places.add((top, left))
+    assert {0, 8} <= {top for top, _ in places} and len(places) > 40
+
+
+def test_a_paired_crop_may_be_the_whole_picture(make_photo: MakePhoto) -> None:
+    hr = make_photo(64, 64, 0)
+    lr, cut = paired_crop(hr[::2, ::2], hr, size=64, scale=2, rng=rng())
+    assert lr.shape == (32, 32, 3) and sorted(cut.ravel()) == sorted(hr.ravel())
+
+
+def test_pairs_are_samples_like_others(make_photo: MakePhoto) -> None:
+    dataset = CropPairs(
+        paired(make_photo, 5, scale=2), stage=StageConfig(size=32, batch=2), config=DAMAGES["noise"], scales=(2,),
+        entropy=(1, 0, 0),
+    )  # fmt: skip
+    first = [dataset[index] for index in range(8)]
+    for index in reversed(range(8)):
+        assert all(torch.equal(a, b) for a, b in zip(first[index], dataset[index]))
+    lr, hr = first[0]
+    assert lr.shape == (3, 16, 16) and hr.shape == (3, 32, 32) and lr.dtype == hr.dtype == torch.float32
+    reduced = torch.nn.functional.avg_pool2d(hr, 2)
+    assert float((lr - reduced)[:, 3:-3, 3:-3].abs().max()) < 0.2  # given as it is: the noise of `config` is not added
+    shared = list(batches(dataset, Steps(0, 4, batch=2), workers=1))
+    for step, (lrs, hrs) in enumerate(shared):
+        assert all(torch.equal(lrs[place], first[2 * step + place][0]) for place in range(2))
+        assert all(torch.equal(hrs[place], first[2 * step + place][1]) for place in range(2))
+
+
+def test_a_split_keeps_pairs_together(make_photo: MakePhoto) -> None:
+    pairs = paired(make_photo, 20, scale=2)
+    train, validation = split_validation(pairs, 3)
+    assert isinstance(train, PairedPhotographs) and len(validation) == 3
+    assert [path.name for path in validation.paths] == [
+        path.name for path in split_validation(Photographs(pairs.paths, pairs.pictures), 3)[1].paths
+    ]
+    for side in (train, validation):
+        for path, hr, lr in zip(side.paths, side.pictures, side.lr_pictures, strict=True):
+            assert hr is pairs.pictures[int(path.stem)] and lr is pairs.lr_pictures[int(path.stem)]
+    changed = replace(pairs, lr_pictures=pairs.lr_pictures[::-1])
+    assert changed.fingerprint() != pairs.fingerprint() == pairs.take(range(20)).fingerprint()

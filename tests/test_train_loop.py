@@ -16,9 +16,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from train.checkpoint import latest_checkpoint, load_checkpoint, stage_folder
+from train.devices import choose_device
 from train.errors import CheckpointError, DivergedError, RecipeError, ResourceError, TrainError
 from train.find_rate import find_rate
-from train.loop import MAX_NON_FINITE, Progress, Settings, Trainer, choose_device, phase_steps
+from train.learner import MAX_NON_FINITE
+from train.loop import Progress, Settings, Trainer, phase_steps
 from train.models.perceptual_unet import RESNET18_FILE, PerceptualUNet
 from train.recipe import PhaseConfig, Recipe, StageConfig, load_recipe, recipe_from_dict
 from train.run_folder import load_run, read_log
@@ -71,7 +73,7 @@ def test_a_run_writes_all_it_promises(photo_folder: Path, tmp_path: Path) -> Non
     assert load_run(out) == trainer.recipe
     assert news[0].done_steps == 1 and news[-1].done_steps == STEPS  # news from the first step on
     assert [entry["done_steps"] for entry in read_log(out)] == [line.done_steps for line in news]
-    assert set(news[-1].terms) == {"pixel"} and news[-1].psnr_y is not None
+    assert set(news[-1].terms) == {"pixel"} and news[-1].validation is not None
     assert (out / "panels" / f"{STEPS:08d}.png").is_file()
     for name, steps in (("32", 8), ("48", STEPS)):
         product = load_checkpoint(stage_folder(out, name))
@@ -283,11 +285,19 @@ def test_out_of_memory_names_batch_and_size(
 ) -> None:
     trainer = make_trainer(photo_folder, tmp_path)
 
-    def exhausted(sr: Tensor, hr: Tensor) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory")
+    good = trainer.loss.forward
+
+    def exhausted(sr: Tensor, hr: Tensor) -> Any:
+        if len(sr) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return good(sr, hr)
 
     monkeypatch.setattr(trainer.loss, "forward", exhausted)
-    with pytest.raises(ResourceError, match=r"batch 2 at size 32 \(stage 32\); try --set stages.0.batch=1"):
+    most = 1
+    with pytest.raises(ResourceError, match=r"batch 2 at size 32 \(stage 32\); 1 would fit: --set stages.0.batch=1"):
+        trainer.train()
+    most = 0
+    with pytest.raises(ResourceError, match="not even one picture fits: take a smaller stage size"):
         trainer.train()
 
 

@@ -17,10 +17,23 @@ from train.feature_nets import (
     IMAGENET_STD,
     FeatureNet,
     build_feature_net,
+    feature_stack,
     find_weights,
     load_pretrained,
 )
-from train.losses import CombinedLoss, block_colour, charbonnier, gram_matrix, l1_normalised, luma
+from train.losses import (
+    PIXEL_LOSSES,
+    CombinedLoss,
+    block_colour,
+    charbonnier,
+    gram_matrix,
+    hfen,
+    l1_normalised,
+    laplacian_of_gaussian,
+    luma,
+    negative_psnr,
+    ssim_loss,
+)
 from train.recipe import LossConfig
 
 DEFAULT_WEIGHTS = Path(__file__).parent.parent.parent / "shared" / "data" / "weights"
@@ -62,6 +75,95 @@ def test_gram_matrix_by_hand() -> None:
     assert torch.equal(gram_matrix(features), expected)
 
 
+def test_psnr_loss_by_hand() -> None:
+    # 20 dB and 40 dB: the mean is of decibels, picture by picture.
+    sr = torch.cat((flat(0.6), flat(0.51)))
+    assert negative_psnr(sr, torch.cat((flat(0.5), flat(0.5)))).item() == pytest.approx(1 - 0.30, abs=1e-5)
+    assert negative_psnr(flat(0.5), flat(0.5)).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_the_gradient_of_the_psnr_loss_is_tame() -> None:
+    sr = (flat(0.5) + 0.0316 * torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(1))).requires_grad_()
+    (gradient,) = torch.autograd.grad(negative_psnr(sr, flat(0.5)), sr)
+    relative_to_l1 = float(gradient.norm() * sr.numel() ** 0.5)
+    assert relative_to_l1 == pytest.approx(2.75, rel=0.05)  # 0.2 / ln 10 / sqrt(MSE), at 30 dB
+    same = flat(0.5).requires_grad_()
+    (gradient,) = torch.autograd.grad(negative_psnr(same, flat(0.5)), same)
+    assert torch.isfinite(gradient).all()
+
+
+def test_ssim_loss_of_flat_pictures_by_hand() -> None:
+    # Without variance only the first factor is left.
+    expected = (2 * 0.6 * 0.5 + 1e-4) / (0.36 + 0.25 + 1e-4)
+    # Variances are differences of squares in float32, next to a constant of 9e-4.
+    assert ssim_loss(flat(0.6), flat(0.5)).item() == pytest.approx(1 - expected, abs=1e-4)
+    assert ssim_loss(flat(0.5), flat(0.5)).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_ssim_loss_agrees_with_scikit_image() -> None:
+    from skimage.metrics import structural_similarity
+
+    hr = torch.rand(1, 3, 24, 28, generator=torch.Generator().manual_seed(2))
+    sr = (hr + 0.1 * torch.randn(hr.shape, generator=torch.Generator().manual_seed(3))).clamp(0, 1)
+    planes = []
+    for a, b in zip(sr[0].double().numpy(), hr[0].double().numpy(), strict=True):
+        _, image = structural_similarity(
+            a, b, gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=1.0, full=True, win_size=11
+        )
+        planes.append(image[5:-5, 5:-5].mean())
+    assert ssim_loss(sr, hr).item() == pytest.approx(1 - sum(planes) / 3, abs=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert ssim_loss(sr, hr).item() == pytest.approx(1 - sum(planes) / 3, abs=1e-5)
+
+
+def test_hfen_by_hand() -> None:
+    kernel = laplacian_of_gaussian()
+    assert kernel.sum().item() == pytest.approx(0, abs=1e-5)
+    # Of the continuous filter at its centre: -2 / sigma^2 / (2 pi sigma^2), over the largest gain 2 / (e sigma^2).
+    assert kernel[7, 7].item() == pytest.approx(-2.718282 / (2 * 3.141593 * 2.25), rel=1e-2)
+    gains = torch.fft.fft2(kernel.double(), s=(64, 64)).abs()
+    assert gains.max().item() == pytest.approx(1, abs=0.02)
+    # One pixel that differs by 0.5 is seen by each of the 18x18 positions inside that cover it: here by all 15x15.
+    impulse = flat(0.5)
+    impulse[:, 1, 16, 16] = 1.0
+    expected = 0.25 * kernel.square().sum().item() / (3 * 18 * 18)
+    assert hfen(impulse, flat(0.5)).item() == pytest.approx(expected, rel=1e-4)
+    assert hfen(flat(0.9), flat(0.5)).item() == pytest.approx(0, abs=1e-9), "brightness is not an edge"
+
+
+@pytest.mark.parametrize("name", list(PIXEL_LOSSES))
+def test_pixel_losses_are_smallest_for_the_photograph_and_take_luma(name: str) -> None:
+    hr = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(4))
+    sr = hr + 0.05 * torch.randn(hr.shape, generator=torch.Generator().manual_seed(5))
+    loss = PIXEL_LOSSES[name]
+    values = [float(loss(hr + share * (sr - hr), hr)) for share in (0.0, 0.5, 1.0)]
+    assert -1e-6 < values[0] < values[1] < values[2]
+    if name != "l1_normalised":  # which is for RGB
+        assert loss(luma(sr), luma(hr)) > loss(luma(hr), luma(hr))
+
+
+def test_hfen_and_squared_feature_distances_are_terms(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stub(nn.Module):
+        taps = (0,)
+
+        def forward(self, x: Tensor) -> list[Tensor]:
+            return [2 * x]
+
+    monkeypatch.setattr(losses, "build_feature_net", lambda *args, **kwargs: Stub())
+    config = LossConfig(
+        pixel_weight=0.0, hfen_weight=10.0, feature_net="vgg16", feature_weights=(3.0,), feature_distance="mse",
+        style_weight=0.0,
+    )  # fmt: skip
+    sr = flat(0.5)
+    sr[:, :, 16, 16] += 0.2
+    total, terms = CombinedLoss(config)(sr, flat(0.5))
+    expected = {"hfen": 10 * hfen(sr, flat(0.5)).item(), "features": 3 * 4 * 0.04 / 32**2}
+    assert {name: term.item() for name, term in terms.items()} == pytest.approx(expected, rel=1e-5)
+    assert total.item() == pytest.approx(sum(expected.values()), rel=1e-5)
+    alone = CombinedLoss(LossConfig(pixel_weight=0.0, hfen_weight=1.0))
+    assert set(alone(sr, flat(0.5))[1]) == {"hfen"}
+
+
 def test_perceptual_total_is_the_formula(monkeypatch: pytest.MonkeyPatch) -> None:
     class Stub(nn.Module):
         """Two activations: the picture, and twice the picture at a half of the size."""
@@ -93,7 +195,8 @@ def test_perceptual_total_is_the_formula(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (LossConfig(pixel="l3"), "loss.pixel: one of l1, l1_normalised, mse, charbonnier, not 'l3'"),
+        (LossConfig(pixel="l3"), "loss.pixel: one of l1, l1_normalised, mse, charbonnier, psnr, ssim, not 'l3'"),
+        (LossConfig(feature_distance="l3"), "loss.feature_distance: one of l1, mse, not 'l3'"),
         (LossConfig(pixel_weight=0.0), "every term is switched off"),
         (LossConfig(feature_net="squeezenet1_1", feature_weights=(1.0,)), "3 layers need as many weights, got 1"),
     ],
@@ -120,13 +223,12 @@ def test_a_tap_before_a_relu_keeps_its_negative_values() -> None:
 
 
 def test_layers_before_and_behind_a_relu_belong_together() -> None:
-    import torchvision
-
+    kinds = {"conv": nn.Conv2d, "relu": nn.ReLU, "layer": nn.Sequential, "fire": nn.Module}
     for spec in FEATURE_NETS.values():
-        stack = getattr(torchvision.models, spec.builder)(weights=None).features
+        stack = feature_stack(spec.builder)
         for name, index in spec.layers.items():
-            kind = nn.Conv2d if name.startswith("conv") else nn.ReLU
-            assert isinstance(stack[index], kind) or name.startswith("fire"), (spec.builder, name)
+            kind = next(kind for prefix, kind in kinds.items() if name.startswith(prefix))
+            assert isinstance(stack[index], kind), (spec.builder, name)
         assert set(spec.default_layers) <= set(spec.layers)
 
 
@@ -137,6 +239,33 @@ def test_vgg16_bn_taps_stand_before_the_pools() -> None:
         stack = getattr(torchvision.models, name)(weights=None).features
         assert tuple(FEATURE_NETS[name].layers.values()) == taps
         assert all(isinstance(stack[tap + 1], nn.MaxPool2d) for tap in taps)
+
+
+def test_vgg19_and_alexnet_taps_stand_where_their_names_say() -> None:
+    stack = feature_stack("vgg19")
+    layers = FEATURE_NETS["vgg19"].layers
+    for block in ("3_4", "4_4", "5_4"):
+        assert layers[f"relu{block}"] == layers[f"conv{block}"] + 1
+        assert isinstance(stack[layers[f"relu{block}"] + 1], nn.MaxPool2d)
+    rectifiers = [index for index, module in enumerate(feature_stack("alexnet")) if isinstance(module, nn.ReLU)]
+    assert list(FEATURE_NETS["alexnet"].layers.values()) == rectifiers
+
+
+def test_resnet18_features_are_those_behind_its_first_children() -> None:
+    import torchvision
+
+    torch.manual_seed(7)
+    network = torchvision.models.resnet18(weights=None).eval()
+    net = build_feature_net("resnet18", layers=("relu", "layer2"), weights="random")
+    net.stack.load_state_dict({k: v for k, v in network.state_dict().items() if k in net.stack.state_dict()})
+    picture = torch.rand(1, 3, 32, 32)
+    found = net(picture)
+    children = list(network.children())
+    with torch.no_grad():
+        expected = [nn.Sequential(*children[:count])(net.normalise(picture)) for count in (3, 6)]
+    assert [tuple(x.shape) for x in found] == [(1, 64, 16, 16), (1, 128, 4, 4)]
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)  # another order of sums
 
 
 def test_feature_weights_from_a_folder_are_used(tmp_path: Path) -> None:
@@ -188,13 +317,15 @@ def test_find_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.skipif(
-    not all((WEIGHTS / FEATURE_NETS[name].file).is_file() for name in ("squeezenet1_1", "vgg19_normalised")),
+    not all(
+        (WEIGHTS / FEATURE_NETS[name].file).is_file() for name in ("squeezenet1_1", "vgg19_normalised", "resnet18")
+    ),
     reason="no feature networks in SR_WEIGHTS_DIR",
 )
 def test_pretrained_feature_nets_see_blur() -> None:
     picture = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(6))
     blurred = [nn.functional.avg_pool2d(nn.functional.pad(picture, (p,) * 4), 2 * p + 1, stride=1) for p in (1, 2)]
-    for name in ("squeezenet1_1", "vgg19_normalised"):
+    for name in ("squeezenet1_1", "vgg19_normalised", "resnet18"):
         net = build_feature_net(name, layers=(), weights=WEIGHTS)
         target = net(picture)
         near, far = (sum(float((a - b).abs().mean()) for a, b in zip(net(x), target, strict=True)) for x in blurred)

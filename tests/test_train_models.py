@@ -14,14 +14,10 @@ from torch import Tensor, nn
 
 from train.errors import RecipeError, WeightsError
 from train.models import BUILDERS, Network, build_model
+from train.models.decoder import ShuffleUp
+from train.models.encoders import RESNET34_FILE
 from train.models.fast_unet import FastUNet, Up
-from train.models.perceptual_unet import (
-    RESNET18_FILE,
-    RESNET34_FILE,
-    PerceptualUNet,
-    ShuffleUp,
-    build_perceptual_unet,
-)
+from train.models.perceptual_unet import RESNET18_FILE, PerceptualUNet, build_perceptual_unet
 from train.recipe import ModelConfig
 
 DEFAULT_WEIGHTS = Path(__file__).parent.parent.parent / "shared" / "data" / "weights"
@@ -172,7 +168,7 @@ def test_networks_share_one_base() -> None:
     ("config", "message"),
     [
         (ModelConfig(name="fsat"), "unknown model 'fsat': one of fast, perceptual-unet"),
-        (ModelConfig(options={"width": 3}), "fast knows blocks, channels, not width"),
+        (ModelConfig(options={"width": 3}), "model options: fast knows blocks, channels, not width"),
         (ModelConfig(scales=(1, 2)), "one scale for each network"),
         (ModelConfig(scales=(3,)), "enlarges by 1, 2 or 4, not 3"),
         (ModelConfig(options={"channels": "many"}), "model fast: "),

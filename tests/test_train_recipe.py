@@ -15,7 +15,10 @@ from train.run_folder import append_log, cut_log, load_run, read_log, write_run
 
 
 def test_shipped_recipes() -> None:
-    assert recipe_names() == ["fast", "fast-perceptual", "perceptual-unet"]
+    assert recipe_names() == [
+        "autoencoder", "autoencoder-hfen", "autoencoder-ssim", "fast", "fast-perceptual", "fast-x4", "perceptual-unet",
+        "resnet18-residual", "srgan", "srgan-mse", "unet-gan", "unet-mse", "unet-transpose", "vae",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -110,7 +113,7 @@ def test_a_wrong_override_is_refused(override: str, message: str) -> None:
 
 
 def test_unknown_and_broken_recipes_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="unknown recipe 'fsat': one of fast, fast-perceptual, perceptual-unet"):
+    with pytest.raises(RecipeError, match=r"unknown recipe 'fsat': one of autoencoder, .*; did you mean 'fast'\?"):
         load_recipe("fsat")
     broken = tmp_path / "broken.toml"
     broken.write_text("seed = = 1")

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,31 +20,63 @@ import click
 from .errors import TrainError
 
 if TYPE_CHECKING:
-    from .loop import Progress
+    from .loop import Progress, Trainer
+    from .recipe import Recipe
 
 EXTRA = {"torch", "torchvision", "safetensors", "matplotlib", "tomli"}
+# Recipe -> what it is meant to go on from.
+NEEDS_INIT = {"fast-perceptual": "a run of fast", "srgan": "a run of srgan-mse"}
+# Word behind sr-train -> where its command is; every other first word is a folder to train on.
+TOOLS = {
+    "check": "train.check:check_command",
+    "degrade": "train.pairs:degrade_command",
+    "compare": "train.compare:compare_command",
+    "report": "train.report:report_command",
+}
 
 
-class _OneLineErrors(click.Command):
-    """A command that ends with one line, not a traceback, on errors that are raised on purpose."""
+class _WithTools(click.Command):
+    """A command with a few others beside it, which ends with one line, not a traceback, on errors of ours."""
+
+    def main(self, args: Sequence[str] | None = None, *rest: Any, **options: Any) -> Any:
+        words = list(sys.argv[1:] if args is None else args)
+        if words and words[0] in TOOLS:
+            module, _, name = TOOLS[words[0]].partition(":")
+            with _one_line_errors():
+                tool: click.Command = getattr(importlib.import_module(module), name)
+            return tool.main(words[1:], **options | {"prog_name": f"sr-train {words[0]}"})
+        return super().main(words, *rest, **options)
 
     def invoke(self, ctx: click.Context) -> Any:
-        try:
+        with _one_line_errors():
             return super().invoke(ctx)
-        except TrainError as exc:
-            raise click.ClickException(" ".join(str(exc).split())) from exc
-        except ModuleNotFoundError as exc:
-            if exc.name not in EXTRA:
-                raise
-            raise click.ClickException(f"{exc.name} is not installed: pip install 'sr-sdk[train]'") from exc
 
 
-@click.command(cls=_OneLineErrors, context_settings={"help_option_names": ["-h", "--help"]})
+@contextmanager
+def _one_line_errors() -> Iterator[None]:
+    try:
+        yield
+    except TrainError as exc:
+        raise click.ClickException(" ".join(str(exc).split())) from exc
+    except ModuleNotFoundError as exc:
+        if exc.name not in EXTRA:
+            raise
+        raise click.ClickException(f"{exc.name} is not installed: pip install 'sr-sdk[train]'") from exc
+
+
+@click.command(
+    cls=_WithTools,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog=f"Beside it: {', '.join(f'sr-train {name}' for name in TOOLS)}; each has its own --help.",
+)
 @click.argument("data", type=click.Path(path_type=Path))
 @click.option("--recipe", "recipe_name", default="fast", show_default=True, help="Name of a recipe, or a TOML file.")
+@click.option("--task", help="What is wrong with the pictures: x4, jpeg, denoise, inpaint, ... (train/tasks).")
+@click.option("--paired", type=click.Path(path_type=Path), metavar="LR", help="Folder of the LR pictures of DATA.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Run folder; an unfinished run is resumed.")
 @click.option("--weights", help="Folder of pretrained weights, or 'random'. Default: SR_WEIGHTS_DIR, else a download.")
 @click.option("--init", type=click.Path(path_type=Path), help="Start from the last stage of another run's weights.")
+@click.option("--teacher", type=click.Path(path_type=Path), help="Run to learn from, for loss.teacher_weight.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change one value of the recipe.")
 @click.option("--find-lr", is_flag=True, help="Only run the learning-rate finder: plot and suggestion.")
 @click.option(
@@ -50,6 +85,7 @@ class _OneLineErrors(click.Command):
     default=0,
     help="Stop after so many steps in all, with a checkpoint and the stage as it stands; 0: at the recipe's end.",
 )
+@click.option("--tensorboard", is_flag=True, help="Also write events for TensorBoard into the run folder.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda:N.")
 @click.option("--precision", type=click.Choice(["auto", "fp32", "bf16"]), default="auto", show_default=True)
 @click.option(
@@ -58,12 +94,16 @@ class _OneLineErrors(click.Command):
 def main(
     data: Path,
     recipe_name: str,
+    task: str | None,
+    paired: Path | None,
     out: Path,
     weights: str | None,
     init: Path | None,
+    teacher: Path | None,
     overrides: tuple[str, ...],
     find_lr: bool,
     max_steps: int,
+    tensorboard: bool,
     device: str,
     precision: str,
     workers: int,
@@ -76,9 +116,13 @@ def main(
     # PyTorch takes seconds to import, so a wrong recipe and --help come before it.
     from .recipe import load_recipe
 
-    recipe = load_recipe(recipe_name, overrides=overrides)
+    recipe = load_recipe(recipe_name, task=task, overrides=overrides)
+    if bool(recipe.loss.teacher_weight) != (teacher is not None):
+        raise click.UsageError("--teacher RUN goes with --set loss.teacher_weight=..., and the other way round")
+    if teacher is None:
+        _check_sense(recipe, has_init=init is not None)
 
-    from .data import find_pictures
+    from .check import find_pictures
     from .feature_nets import find_weights
     from .find_rate import find_rate
     from .loop import Settings, Trainer
@@ -87,11 +131,17 @@ def main(
     settings = Settings(device=device, precision=precision, workers=workers, max_steps=max_steps)
     trainer = Trainer(recipe, out, weights=find_weights(weights), settings=settings)
     trainer.facts["command"] = shlex.join(["sr-train", *map(_without_folder, sys.argv[1:])])
-    trainer.load_photographs(data, _show_count("reading pictures"))
+    is_first = trainer.processes.is_first
+    show = _show_count("reading pictures") if is_first else lambda done, total: None
+    trainer.load_photographs(data, show, low_resolution=paired)
+    if teacher is not None:
+        trainer.learn_from_run(teacher)
     count = sum(parameter.numel() for parameter in trainer.model.parameters())
-    click.echo(
+    say = click.echo if is_first else lambda text: None
+    say(
         f"{len(trainer.train_set)} pictures to train on, {len(trainer.validation_set)} to validate; "
         f"{recipe.model.name}: {count:,} parameters; {trainer.device}, {trainer.facts['precision']}"
+        + (f", {trainer.processes.count} processes" if trainer.processes.count > 1 else "")
     )
     if find_lr:
         if init is not None:
@@ -103,18 +153,52 @@ def main(
         return
     if trainer.resume():
         if trainer.finished:
-            click.echo(f"finished already, at step {trainer.done_steps}: nothing to do; the stages are in {out}/stages")
+            say(f"finished already, at step {trainer.done_steps}: nothing to do; the stages are in {out}/stages")
             return
-        click.echo(f"resumed {out} at step {trainer.done_steps}")
+        say(f"resumed {out} at step {trainer.done_steps}")
     elif init is not None:
         trainer.start_from_run(init)
     trainer.begin()
-    click.echo(json.dumps(trainer.facts["recipe"]))
+    say(json.dumps(trainer.facts["recipe"]))
     stopped = _stop_on_signals()
-    if trainer.train(report=_show_progress(), stop=lambda: bool(stopped)):
-        click.echo(f"done: {', '.join(stage.name for stage in recipe.stages)} in {out / 'stages'}")
+    report, close = _reporters(trainer, tensorboard=tensorboard and is_first)
+    try:
+        is_complete = trainer.train(report=report, stop=lambda: bool(stopped))
+    finally:
+        close()
+    if is_first:
+        from .report import write_report
+
+        page = write_report(out)
+        say(f"report: {page}")
+    if is_complete:
+        say(f"done: {', '.join(stage.name for stage in recipe.stages)} in {out / 'stages'}")
     else:
-        click.echo(f"stopped at step {trainer.done_steps}; the same command goes on from there")
+        say(f"stopped at step {trainer.done_steps}; the same command goes on from there")
+
+
+def _check_sense(recipe: Recipe, *, has_init: bool) -> None:
+    """Warn of recipes that go on from something, when there is nothing."""
+    if not has_init and recipe.name in NEEDS_INIT:
+        click.echo(f"warning: {recipe.name} goes on from {NEEDS_INIT[recipe.name]}: give --init RUN", err=True)
+
+
+def _reporters(trainer: Trainer, *, tensorboard: bool) -> tuple[Callable[[Progress], None], Callable[[], None]]:
+    """Give what tells the news, to the terminal and perhaps to TensorBoard, and what ends that."""
+    show = _show_progress()
+    if not tensorboard:
+        return show, lambda: None
+    from .event_log import EventLog
+
+    events = EventLog(trainer.out / "events", done_steps=trainer.done_steps)
+
+    def report(progress: Progress) -> None:
+        show(progress)
+        events.add(asdict(progress))
+        if progress.validation is not None:
+            events.add_panel(trainer.out / "panels" / f"{progress.done_steps:08d}.png")
+
+    return report, events.close
 
 
 def _without_folder(argument: str) -> str:
@@ -157,14 +241,15 @@ def _show_progress() -> Callable[[Progress], None]:
         nonlocal last, first
         now = time.monotonic()
         first = first or (now, progress.done_steps)
-        if progress.psnr_y is None and now - last < (2 if sys.stderr.isatty() else 30):
+        if progress.validation is None and now - last < (2 if sys.stderr.isatty() else 30):
             return
         last = now
         steps = progress.done_steps - first[1]
         minutes = (progress.all_steps - progress.done_steps) * (now - first[0]) / steps / 60 if steps else None
         terms = " ".join(f"{name} {value:.5f}" for name, value in progress.terms.items())
         left = f", {minutes:.1f} min left" if minutes is not None else ""
-        validation = f", validation {progress.psnr_y:.3f} dB" if progress.psnr_y is not None else ""
+        found = progress.validation
+        validation = f", validation {found['psnr_y']:.3f} dB" if found is not None else ""
         click.echo(
             f"stage {progress.stage} {progress.phase} {progress.step}/{progress.steps} "
             f"({progress.done_steps}/{progress.all_steps}), rate {progress.learning_rate:.2e}, {terms}, "
@@ -173,3 +258,7 @@ def _show_progress() -> Callable[[Progress], None]:
         )
 
     return show
+
+
+if __name__ == "__main__":
+    main()

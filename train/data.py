@@ -4,27 +4,32 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import signal
-import sys
-from collections import Counter
-from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset
 
+from .check import describe_fault, find_pictures, hold_out, perceptual_hash, pixel_digest, read_picture
 from .degrade import degrade
 from .errors import DataError, ResourceError
 from .recipe import DegradeConfig, StageConfig
 
 LOG = logging.getLogger(__name__)
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 # A reduction filter reaches 2*scale pixels beyond a crop; this many are cut with it and dropped after.
 MARGIN_LR = 8
+BLUR_REACH = 3  # standard deviations
+
+Item = TypeVar("Item")
+AnyPhotographs = TypeVar("AnyPhotographs", bound="Photographs")
+AnyPairs = TypeVar("AnyPairs", bound="PairedPhotographs")
 
 
 @dataclass(frozen=True)
@@ -37,24 +42,56 @@ class Photographs:
     def __len__(self) -> int:
         return len(self.pictures)
 
+    @cached_property
+    def digests(self) -> tuple[str, ...]:
+        """A hash of the pixels of each picture."""
+        return tuple(pixel_digest(picture) for picture in self.pictures)
+
     def fingerprint(self) -> str:
-        """Hash the names and sizes: tells whether a resumed run sees the same data."""
-        pairs = zip(self.paths, self.pictures, strict=True)
-        text = "\n".join(f"{path.name} {picture.shape}" for path, picture in pairs)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        """Hash pixels and order, not names: tells whether a resumed run sees the same data."""
+        pairs = zip(self.pictures, self.digests, strict=True)
+        text = "\n".join(f"{picture.shape} {digest}" for picture, digest in pairs)
+        return f"pixels-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+    def take(self: AnyPhotographs, indices: Sequence[int]) -> AnyPhotographs:
+        """Give some of them, in the order of `indices`."""
+        return replace(self, paths=_at(self.paths, indices), pictures=_at(self.pictures, indices))
+
+    def cut(
+        self, index: int, *, size: int, scale: int, config: DegradeConfig, rng: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Make one sample of a picture: see random_pair."""
+        return random_pair(self.pictures[index], size=size, scale=scale, config=config, rng=rng)
 
 
-def find_pictures(folder: Path) -> list[Path]:
-    """List the pictures below a folder, sorted by path.
+@dataclass(frozen=True)
+class PairedPhotographs(Photographs):
+    """Photographs whose low-resolution pictures were made elsewhere, and are taken as they are.
 
-    Raises: DataError if the folder is missing or holds none.
+    lr_pictures: for each picture (H, W, 3) its (H/scale, W/scale, 3) uint8 RGB.
     """
-    if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder; give a folder of photographs")
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
-    if not paths:
-        raise DataError(f"{folder}: no pictures found ({', '.join(sorted(SUFFIXES))})")
-    return paths
+
+    lr_pictures: tuple[np.ndarray, ...]
+
+    def fingerprint(self) -> str:
+        """See Photographs.fingerprint; of both."""
+        text = Photographs((), self.lr_pictures).fingerprint() + super().fingerprint()
+        return f"pairs-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+    def take(self: AnyPairs, indices: Sequence[int]) -> AnyPairs:
+        """See Photographs.take; of both."""
+        taken = {name: _at(getattr(self, name), indices) for name in ("paths", "pictures", "lr_pictures")}
+        return replace(self, **taken)
+
+    def cut(
+        self, index: int, *, size: int, scale: int, config: DegradeConfig, rng: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Cut one sample of a pair: see paired_crop. `config` is not asked: the LR picture is damaged already."""
+        return paired_crop(self.lr_pictures[index], self.pictures[index], size=size, scale=scale, rng=rng)
+
+
+def _at(items: Sequence[Item], indices: Sequence[int]) -> tuple[Item, ...]:
+    return tuple(items[index] for index in indices)
 
 
 def read_photographs(
@@ -66,66 +103,57 @@ def read_photographs(
     ResourceError if the pictures do not fit into memory.
     """
     paths = find_pictures(folder)
-    kept: list[Path] = []
+    pictures, unreadable = decode_all(paths, folder=folder, progress=progress)
+    if unreadable:
+        raise DataError(f"{folder}: {len(unreadable)} unreadable pictures, remove them: {'; '.join(unreadable)}")
+    kept = []
+    for index, (path, picture) in enumerate(zip(paths, pictures, strict=True)):
+        if min(picture.shape[:2]) < smallest_side:
+            LOG.warning("%s: left out, %s is smaller than %d", path.name, picture.shape[:2], smallest_side)
+        else:
+            kept.append(index)
+    if not kept:
+        raise DataError(f"{folder}: every picture is smaller than {smallest_side} pixels, the largest training size")
+    return Photographs(_at(paths, kept), _at(pictures, kept))
+
+
+def decode_all(
+    paths: Sequence[Path], *, folder: Path, progress: Callable[[int, int], None] = lambda done, total: None
+) -> tuple[list[np.ndarray], list[str]]:
+    """Decode the pictures of a folder; those that cannot be read come as empty arrays.
+
+    Returns: (H, W, 3) uint8 RGB for each path, and "name (reason)" for each unreadable one.
+    Raises: ResourceError if they do not fit into memory.
+    """
     pictures: list[np.ndarray] = []
     unreadable: list[str] = []
     for index, path in enumerate(paths):
         try:
-            picture = _read_picture(path)
+            pictures.append(read_picture(path))
         except MemoryError as exc:
             raise ResourceError(f"{folder}: memory ended at picture {index + 1} of {len(paths)}; use fewer") from exc
-        except UnidentifiedImageError:
-            unreadable.append(f"{path.relative_to(folder)} (not a picture)")
         except Exception as exc:  # decoders raise nearly anything on broken files
-            unreadable.append(f"{path.relative_to(folder)} ({exc})")
-        else:
-            if min(picture.shape[:2]) < smallest_side:
-                LOG.warning("%s: left out, %s is smaller than %d", path.name, picture.shape[:2], smallest_side)
-            else:
-                kept.append(path)
-                pictures.append(picture)
+            unreadable.append(f"{path.relative_to(folder)} ({describe_fault(exc)})")
+            pictures.append(np.empty((0, 0, 3), np.uint8))
         progress(index + 1, len(paths))
-    if unreadable:
-        raise DataError(f"{folder}: {len(unreadable)} unreadable pictures, remove them: {'; '.join(unreadable)}")
-    if not pictures:
-        raise DataError(f"{folder}: every picture is smaller than {smallest_side} pixels, the largest training size")
-    return Photographs(tuple(kept), tuple(pictures))
+    return pictures, unreadable
 
 
-def _read_picture(path: Path) -> np.ndarray:
-    with Image.open(path) as image:
-        if image.mode == "F" or image.mode.startswith("I"):
-            raise ValueError(f"{image.mode} pixels, only 8-bit pictures are read")
-        return np.array(ImageOps.exif_transpose(image).convert("RGB"))
-
-
-def split_validation(photographs: Photographs, count: int) -> tuple[Photographs, Photographs]:
+def split_validation(photographs: AnyPhotographs, count: int) -> tuple[AnyPhotographs, AnyPhotographs]:
     """Set up to `count` pictures aside, chosen by a hash of their pixels: it does not depend on names or order.
 
-    At most a fifth of the pictures is taken. Pictures with equal pixels fall on the same side.
+    At most a fifth of the pictures is taken. Pictures that show the same fall on the same side: see check.hold_out.
     """
-    room = min(count, len(photographs) // 5)
-    digests = [hashlib.sha256(picture.tobytes()).hexdigest() for picture in photographs.pictures]
-    held_out = set()
-    for digest, copies in sorted(Counter(digests).items()):
-        if copies <= room:
-            held_out.add(digest)
-            room -= copies
-    train = [index for index, digest in enumerate(digests) if digest not in held_out]
-    validation = [index for index, digest in enumerate(digests) if digest in held_out]
-    return _take(photographs, train), _take(photographs, validation)
-
-
-def _take(photographs: Photographs, indices: Sequence[int]) -> Photographs:
-    return Photographs(
-        tuple(photographs.paths[index] for index in indices),
-        tuple(photographs.pictures[index] for index in indices),
-    )
+    hashes = [perceptual_hash(picture) for picture in photographs.pictures]
+    held_out = hold_out(photographs.digests, hashes, count)
+    train = [index for index in range(len(photographs)) if index not in held_out]
+    return photographs.take(train), photographs.take(sorted(held_out))
 
 
 class CropPairs(Dataset[tuple[Tensor, Tensor]]):
     """Random LR/HR crop pairs; sample `index` is the same in every process and on every resume.
 
+    photographs: PairedPhotographs give their own LR pictures; others are degraded.
     `entropy` is (seed, stage index, phase index). Items: LR (3, size/scale, size/scale) and HR (3, size, size),
     float32 RGB in [0, 1].
     """
@@ -152,8 +180,7 @@ class CropPairs(Dataset[tuple[Tensor, Tensor]]):
         # All samples of a batch have one scale, so it is drawn by the batch.
         batch_rng = np.random.default_rng((*self.entropy, 2, index // self.stage.batch))
         scale = int(batch_rng.choice(self.scales))
-        picture = self.photographs.pictures[order[place]]
-        lr, hr = random_pair(picture, size=self.stage.size, scale=scale, config=self.config, rng=rng)
+        lr, hr = self.photographs.cut(order[place], size=self.stage.size, scale=scale, config=self.config, rng=rng)
         return _to_tensor(lr), _to_tensor(hr)
 
 
@@ -164,62 +191,80 @@ def _to_tensor(image: np.ndarray) -> Tensor:
 def random_pair(
     picture: np.ndarray, *, size: int, scale: int, config: DegradeConfig, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Cut one HR crop at random, flip or turn it, and degrade it.
+    """Cut one HR crop at random out of a picture or a reduction of it, degrade it, and flip or turn both.
 
     picture: (H, W, 3) uint8, both sides at least `size`.
     Returns: LR (size/scale, size/scale, 3) and HR (size, size, 3), uint8.
     """
-    height, width = picture.shape[:2]
+    height, width = _drawn_size(picture.shape[:2], smallest=size, factors=config.crop_scale, rng=rng)
     top, left = int(rng.integers(0, height - size + 1)), int(rng.integers(0, width - size + 1))
     # Cut with a margin, where the picture has one, so that the reduction meets real neighbours.
-    margin = MARGIN_LR * scale
+    margin = MARGIN_LR * scale + _blur_margin(config, scale)
     above, before = min(margin, top // scale * scale), min(margin, left // scale * scale)
     below = min(margin, (height - top - size) // scale * scale)
     after = min(margin, (width - left - size) // scale * scale)
-    region = picture[top - above : top + size + below, left - before : left + size + after]
+    rows, columns = slice(top - above, top + size + below), slice(left - before, left + size + after)
+    region = _reduced_region(picture, (height, width), rows, columns)
     lr = degrade(region, scale=scale, config=config, rng=rng)
     lr = lr[above // scale : (above + size) // scale, before // scale : (before + size) // scale]
-    hr = region[above : above + size, before : before + size]
+    return _turned(lr, region[above : above + size, before : before + size], rng)
+
+
+def paired_crop(
+    lr: np.ndarray, hr: np.ndarray, *, size: int, scale: int, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Cut the same place out of both pictures of a pair, at random, and flip or turn both.
+
+    lr: (h, w, 3) uint8. hr: (h*scale, w*scale, 3) uint8, both sides at least `size`.
+    Returns: LR (size/scale, size/scale, 3) and HR (size, size, 3), uint8.
+    """
+    assert hr.shape[:2] == (lr.shape[0] * scale, lr.shape[1] * scale), (lr.shape, hr.shape, scale)
+    side = size // scale
+    top, left = (int(rng.integers(0, length - side + 1)) for length in lr.shape[:2])
+    hr = hr[top * scale : (top + side) * scale, left * scale : (left + side) * scale]
+    return _turned(lr[top : top + side, left : left + side], hr, rng)
+
+
+def _turned(lr: np.ndarray, hr: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Flip and turn both at random, in the same way."""
     turns, flip = int(rng.integers(0, 4)), bool(rng.integers(0, 2))
     if flip:
         lr, hr = lr[:, ::-1], hr[:, ::-1]
     return np.ascontiguousarray(np.rot90(lr, turns)), np.ascontiguousarray(np.rot90(hr, turns))
 
 
-class Steps(Sampler[list[int]]):
-    """The sample indices of the steps `first` to `last` - 1; a step's batch depends on its number alone."""
-
-    def __init__(self, first: int, last: int, *, batch: int):
-        self.first, self.last, self.batch = first, last, batch
-
-    def __iter__(self) -> Iterator[list[int]]:
-        for step in range(self.first, self.last):
-            yield list(range(step * self.batch, (step + 1) * self.batch))
-
-
-GRACE_SECONDS = 10
+def _drawn_size(
+    shape: tuple[int, ...], *, smallest: int, factors: tuple[float, float], rng: np.random.Generator
+) -> tuple[int, int]:
+    """Draw the (height, width) that a picture is reduced to, as small as `factors` say and a crop still fits."""
+    height, width = shape
+    if factors == (1.0, 1.0):
+        return height, width
+    factor = max(rng.uniform(*factors), smallest / min(height, width))
+    return max(smallest, round(height * factor)), max(smallest, round(width * factor))
 
 
-def _leave_signals_to_the_parent(worker: int) -> None:
-    """Outlive a signal sent to the whole process group for a while: the parent saves, and ends its workers then.
+def _blur_margin(config: DegradeConfig, scale: int) -> int:
+    """Give how far a blur reaches, in pixels, on the grid of the reduction."""
+    reach = BLUR_REACH * config.blur_sigma[1] if config.blur_probability else 0.0
+    return math.ceil(reach / scale) * scale
 
-    Not for ever, because SIGTERM is also how a parent that leaves in mid-epoch ends them.
+
+def _reduced_region(picture: np.ndarray, size: tuple[int, int], rows: slice, columns: slice) -> np.ndarray:
+    """Cut a region out of a picture's reduction to `size` without reducing all of it.
+
+    picture: (H, W, 3) uint8. Returns: (rows, columns, 3) uint8, a view where the size is the picture's own.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(GRACE_SECONDS))
-
-
-def batches(
-    dataset: CropPairs, *, batch: int, first_step: int, last_step: int, workers: int
-) -> Generator[tuple[Tensor, Tensor], None, None]:
-    """Yield the batches of steps first_step to last_step - 1: (N, 3, h, w) LR and (N, 3, H, W) HR."""
-    # fork shares the decoded pictures with the workers; the start methods that pickle would copy them.
-    loader: DataLoader[tuple[Tensor, Tensor]] = DataLoader(
-        dataset,
-        batch_sampler=Steps(first_step, last_step, batch=batch),
-        num_workers=workers,
-        prefetch_factor=4 if workers else None,
-        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
-        worker_init_fn=_leave_signals_to_the_parent,
-    )
-    yield from loader
+    if size == picture.shape[:2]:
+        return picture[rows, columns]
+    ratios = [old / new for old, new in zip(picture.shape, size)]
+    ends = [(part.start * ratio, part.stop * ratio) for part, ratio in zip((rows, columns), ratios)]
+    # The bicubic filter reaches two pixels of the reduction further; Pillow reads beyond the box where there is more.
+    reaches = [math.ceil(2 * ratio) + 1 for ratio in ratios]
+    firsts = [max(0, int(start) - reach) for (start, _), reach in zip(ends, reaches)]
+    lasts = [math.ceil(stop) + reach for (_, stop), reach in zip(ends, reaches)]
+    image = Image.fromarray(np.ascontiguousarray(picture[firsts[0] : lasts[0], firsts[1] : lasts[1]]))
+    box = (ends[1][0] - firsts[1], ends[0][0] - firsts[0], ends[1][1] - firsts[1], ends[0][1] - firsts[0])
+    inside = (*box[:2], min(box[2], image.width), min(box[3], image.height))  # rounding may lead out by an epsilon
+    result = image.resize((columns.stop - columns.start, rows.stop - rows.start), Image.Resampling.BICUBIC, box=inside)
+    return np.asarray(result)

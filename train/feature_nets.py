@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from http.client import HTTPException
@@ -20,6 +21,7 @@ LOG = logging.getLogger(__name__)
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 RANDOM_WEIGHTS = "random"
+RESNET18_FILE = "resnet18_imagenet_stem_to_layer3.fp16.safetensors"
 BOTH_WAYS = "give a folder that holds them with --weights DIR or SR_WEIGHTS_DIR, or start without: --weights random"
 # A download is checked against its hash and never unpickled beyond tensors.
 SAFE_DOWNLOAD = {"progress": True, "check_hash": True, "weights_only": True}
@@ -108,9 +110,9 @@ def load_weights(module: nn.Module, state: Mapping[str, Tensor], *, name: str, o
 
 @dataclass(frozen=True)
 class FeatureNetSpec:
-    """A torchvision `features` stack and the activations that are compared.
+    """A network of torchvision and the activations that are compared.
 
-    layers: name -> index in the stack; the activation behind that module is taken.
+    layers: name -> index in its stack (see feature_stack); the activation behind that module is taken.
     weights_name: torchvision's enum entry, as "VGG16_BN_Weights.IMAGENET1K_V1"; empty: only from a folder.
     file: file name in a weights folder; its keys may carry the prefix "features.".
     """
@@ -138,6 +140,32 @@ FEATURE_NETS: dict[str, FeatureNetSpec] = {
         ("relu3_3", "relu4_3", "relu5_3"),
         "vgg16.safetensors",
     ),
+    "vgg19": FeatureNetSpec(
+        "vgg19",
+        "VGG19_Weights.IMAGENET1K_V1",
+        {
+            **{"relu1_2": 3, "relu2_2": 8, "relu3_4": 17, "relu4_4": 26, "relu5_4": 35},
+            # Before the ReLU, as ESRGAN has it (Wang et al., arXiv 1809.00219); SRGAN's VGG54 is relu5_4.
+            **{"conv1_2": 2, "conv2_2": 7, "conv3_4": 16, "conv4_4": 25, "conv5_4": 34},
+        },
+        ("relu3_4", "relu4_4", "relu5_4"),
+        "vgg19.safetensors",
+    ),
+    "alexnet": FeatureNetSpec(
+        "alexnet",
+        "AlexNet_Weights.IMAGENET1K_V1",
+        {"relu1": 1, "relu2": 4, "relu3": 7, "relu4": 9, "relu5": 11},  # as in LPIPS
+        ("relu1", "relu3", "relu5"),
+        "alexnet.safetensors",
+    ),
+    "resnet18": FeatureNetSpec(
+        "resnet18",
+        "ResNet18_Weights.IMAGENET1K_V1",
+        # Behind 3, 5, 6, 7 and 8 of the network's children.
+        {"relu": 2, "layer1": 4, "layer2": 5, "layer3": 6, "layer4": 7},
+        ("relu", "layer2"),
+        RESNET18_FILE,
+    ),
     "squeezenet1_1": FeatureNetSpec(
         "squeezenet1_1",
         "SqueezeNet1_1_Weights.IMAGENET1K_V1",
@@ -158,6 +186,15 @@ FEATURE_NETS: dict[str, FeatureNetSpec] = {
         "vgg19norm_features_to_relu3_1.fp16.safetensors",
     ),
 }
+
+
+def feature_stack(builder: str) -> nn.Sequential:
+    """Give a network of torchvision as modules in a row: its `features`, or where it has none, its children."""
+    import torchvision
+
+    network = getattr(torchvision.models, builder)(weights=None)
+    features = getattr(network, "features", None)
+    return features if features is not None else nn.Sequential(OrderedDict(network.named_children()))
 
 
 class FeatureNet(nn.Module):
@@ -202,9 +239,8 @@ def build_feature_net(name: str, *, layers: tuple[str, ...], weights: Path | str
     unknown = [layer for layer in layers if layer not in spec.layers]
     if unknown:
         raise WeightsError(f"{name} has no layers {unknown}: one of {', '.join(spec.layers)}")
-    stack = getattr(torchvision.models, spec.builder)(weights=None).features
     taps = tuple(spec.layers[layer] for layer in layers)
-    stack = stack[: max(taps) + 1]
+    stack = feature_stack(spec.builder)[: max(taps) + 1]
     entry = spec.weights_name
     state = load_pretrained(
         name,

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import plots
-from .data import batches
 from .errors import DivergedError
+from .loading import Steps
 from .schedule import suggest_rate
 
 if TYPE_CHECKING:
@@ -41,11 +41,8 @@ def find_rate(
     rates: list[float] = []
     losses: list[float] = []
     average = 0.0
-    source = batches(
-        trainer.crops(0, 0), batch=stage.batch, first_step=0, last_step=STEPS, workers=trainer.settings.workers
-    )
+    source = trainer.samples(0, 0, Steps(0, STEPS, batch=stage.batch))
     trainer.prepare_optimizers(phase)
-    trainer.model.train()
     try:
         for step, (lr, hr) in enumerate(source):
             rate = LOWEST * (HIGHEST / LOWEST) ** (step / (STEPS - 1))

@@ -1,4 +1,4 @@
-"""Muon: momentum whose steps are made orthogonal, for the hidden convolutions of a network."""
+"""The optimisers of a phase: AdamW, and Muon, whose steps are made orthogonal, for hidden convolutions."""
 
 from __future__ import annotations
 
@@ -7,7 +7,11 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from .models.network import Network
+from .recipe import OptimizerConfig, PhaseConfig
+from .schedule import group_rates
 
 # Coefficients of the quintic iteration (Jordan et al., 2024): steep at zero, singular values end in about [0.7, 1.2].
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
@@ -64,3 +68,51 @@ class Muon(torch.optim.Optimizer):
                 for (parameter, _), update in zip(members, updates, strict=True):
                     parameter.mul_(1 - group["lr"] * group["weight_decay"])
                     parameter.add_(update.view(parameter.shape), alpha=-rate)
+
+
+def make_optimizers(network: nn.Module, config: OptimizerConfig, phase: PhaseConfig) -> list[torch.optim.Optimizer]:
+    """Make the optimisers of what is trained in a phase: AdamW, and Muon for hidden convolutions where it is asked for.
+
+    Each group of layers has its highest rate under "highest_rate".
+    """
+    hidden: set[int] = set()
+    modules: list[nn.Module] = [network]
+    if isinstance(network, Network):  # else a critic: one group, AdamW
+        hidden = {id(p) for p in network.hidden_weights()} if config.muon_rate else set()
+        modules = network.layer_groups()
+    rates = group_rates(phase.encoder_learning_rate, phase.learning_rate, len(modules))
+    adam: list[dict[str, Any]] = []
+    muon: list[dict[str, Any]] = []
+    for module, rate in zip(modules, rates, strict=True):
+        trained = [p for p in module.parameters() if p.requires_grad]
+        adam.append({"params": [p for p in trained if id(p) not in hidden], "highest_rate": rate})
+        muon.append({"params": [p for p in trained if id(p) in hidden], "highest_rate": rate * config.muon_rate})
+    betas = (config.beta1_high, config.beta2)
+    made: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(adam, betas=betas, weight_decay=config.weight_decay, fused=True)
+    ]
+    return [*made, Muon(muon, betas=betas, weight_decay=config.weight_decay)] if hidden else made
+
+
+def states_by_name(network: nn.Module, optimizers: Iterable[torch.optim.Optimizer]) -> dict[str, Tensor]:
+    """Give what optimisers remember of a network's parameters, as "parameter.key"."""
+    names = {id(parameter): name for name, parameter in network.named_parameters()}
+    return {
+        f"{names[id(parameter)]}.{key}": value
+        for optimizer in optimizers
+        for parameter, state in optimizer.state.items()
+        if id(parameter) in names
+        for key, value in state.items()
+    }
+
+
+def load_states(network: nn.Module, optimizers: Iterable[torch.optim.Optimizer], states: dict[str, Tensor]) -> None:
+    """Give optimisers back what `states_by_name` took."""
+    parameters = dict(network.named_parameters())
+    owners = {id(p): optimizer for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    for name, tensor in states.items():
+        parameter_name, _, key = name.rpartition(".")
+        parameter = parameters[parameter_name]
+        # Device and memory format of the parameter, as a fresh optimiser makes them; step counts have no format.
+        like = torch.empty_like(parameter) if tensor.ndim else torch.empty_like(tensor, device=parameter.device)
+        owners[id(parameter)].state[parameter][key] = like.copy_(tensor)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import RecipeError
+from .tasks import load_task, merge
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -22,6 +23,9 @@ else:
 
 RECIPE_DIR = Path(__file__).parent / "recipes"
 RESIZE_FILTERS = ("bicubic", "bilinear")
+SCHEDULES = ("one-cycle", "constant")
+PHASE_KINDS = ("generator", "critic", "adversarial")
+DISTANCES = ("l1", "mse")
 
 
 @dataclass(frozen=True)
@@ -37,12 +41,20 @@ class ModelConfig:
 class DegradeConfig:
     """How the low-resolution picture is made of the photograph; every range is drawn for each sample.
 
+    crop_scale: (lowest, highest) size that the photograph is reduced to before a crop is cut, 1 is as it is.
     resize: filter of the reduction, "bicubic" (the protocol's) or "bilinear", both antialiased.
-    jpeg_quality, noise_sigma (8-bit code values), holes, texts: (lowest, highest).
-    *_probability: share of the samples that get the damage.
+    blur_sigma (Gaussian, pixels), jpeg_quality, noise_sigma (8-bit code values), holes, texts: (lowest, highest).
+    *_probability: share of the samples that get the damage; grey is the loss of all colour.
+    rounds: 2 blurs, resizes, adds noise and saves as JPEG once more before, at a random size in between: photographs
+    from the web (Wang et al., arXiv 2107.10833).
     """
 
+    crop_scale: tuple[float, float] = (1.0, 1.0)
+    rounds: int = 1
     resize: str = "bicubic"
+    blur_probability: float = 0.0
+    blur_sigma: tuple[float, float] = (0.5, 2.5)
+    grey_probability: float = 0.0
     jpeg_probability: float = 0.0
     jpeg_quality: tuple[int, int] = (10, 70)
     noise_probability: float = 0.0
@@ -57,18 +69,24 @@ class DegradeConfig:
 class LossConfig:
     """Pixel term plus, where `feature_net` is named, the perceptual terms of SEEDS A.
 
-    pixel: "l1", "l1_normalised", "mse" or "charbonnier"; 0 weights switch a term off.
+    pixel: a name in train.losses.PIXEL_LOSSES; 0 weights switch a term off.
+    hfen_weight: of the distance between Laplacians of Gaussians, which sees edges alone.
     feature_layers: names in train.feature_nets, empty for the network's own default.
     feature_weights: one for each layer; the style term's weight is its square times `style_weight`.
+    feature_distance: "l1" or "mse", between features.
     luma_weight: the pixel term once more, on BT.601 luma.
     colour_weight: L1 between 16x16 block means, which deep features hardly see.
+    teacher_weight: Charbonnier distance to the result of another run's network (--teacher RUN).
     """
 
     pixel: str = "charbonnier"
     pixel_weight: float = 1.0
     luma_weight: float = 0.0
     colour_weight: float = 0.0
+    teacher_weight: float = 0.0
+    hfen_weight: float = 0.0
     feature_net: str = ""
+    feature_distance: str = "l1"
     feature_layers: tuple[str, ...] = ()
     feature_weights: tuple[float, ...] = (5.0, 15.0, 2.0)
     feature_weight: float = 1.0
@@ -77,11 +95,12 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW under a one-cycle schedule (cosine both ways).
+    """AdamW under a schedule: "one-cycle" (cosine both ways), or "constant" with beta1_high throughout.
 
     muon_rate: the rate of Muon, which then takes the hidden convolutions, as a multiple of the phase's; 0: AdamW alone.
     """
 
+    schedule: str = "one-cycle"
     muon_rate: float = 0.0
     weight_decay: float = 0.0
     beta1_high: float = 0.95
@@ -98,6 +117,8 @@ class OptimizerConfig:
 class PhaseConfig:
     """Part of a stage with one schedule.
 
+    kind: "generator" trains the network with the loss, "critic" a critic on what the network makes, "adversarial" both
+    in turn.
     learning_rate: highest of the cycle, at the network's output end.
     encoder_learning_rate: at its input end; layer groups between are spaced geometrically; 0: the same.
     """
@@ -107,6 +128,27 @@ class PhaseConfig:
     learning_rate: float = 1e-3
     encoder_learning_rate: float = 0.0
     freeze_encoder: bool = False
+    grown_only: bool = False  # train the layers alone that --init did not find in the smaller network
+    kind: str = "generator"
+
+
+@dataclass(frozen=True)
+class AdversarialConfig:
+    """A critic that tells results from photographs, and how it trains with the network.
+
+    critic: a name in train.models.critics; empty: none. options: keyword arguments of its builder.
+    weight, content_weight: of the critic's verdict and of the recipe's loss in the network's steps.
+    threshold: the critic trains until its loss is below it, then the network takes one step; 0: one step each.
+    rate: the critic's learning rate as a multiple of the phase's. beta1: of both, in adversarial phases.
+    """
+
+    critic: str = ""
+    options: dict[str, Any] = field(default_factory=dict)
+    weight: float = 1e-3
+    content_weight: float = 1.0
+    threshold: float = 0.0
+    rate: float = 1.0
+    beta1: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -129,6 +171,7 @@ class Recipe:
     degrade: DegradeConfig = field(default_factory=DegradeConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
     stages: tuple[StageConfig, ...] = (StageConfig(),)
     samples_per_epoch: int = 0  # 0: one crop of each photograph
     validation_pictures: int = 16
@@ -139,9 +182,10 @@ def recipe_names() -> list[str]:
     return sorted(path.stem for path in RECIPE_DIR.glob("*.toml"))
 
 
-def load_recipe(name_or_path: str, *, overrides: tuple[str, ...] = ()) -> Recipe:
-    """Read a recipe by name or from a TOML file and apply `key=value` overrides.
+def load_recipe(name_or_path: str, *, task: str | None = None, overrides: tuple[str, ...] = ()) -> Recipe:
+    """Read a recipe by name or from a TOML file, lay a task over it and apply `key=value` overrides.
 
+    task: a name in train.tasks.
     overrides: such as "loss.pixel=l1" or "stages.0.batch=8"; values are written as in TOML, bare words are strings.
     Raises: RecipeError for an unknown recipe or key, or a value of the wrong type.
     """
@@ -149,7 +193,9 @@ def load_recipe(name_or_path: str, *, overrides: tuple[str, ...] = ()) -> Recipe
     if path.suffix != ".toml":
         path = RECIPE_DIR / f"{name_or_path}.toml"
     if not path.is_file():
-        raise RecipeError(f"unknown recipe {name_or_path!r}: one of {', '.join(recipe_names())}, or a .toml file")
+        near = difflib.get_close_matches(name_or_path, recipe_names(), n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise RecipeError(f"unknown recipe {name_or_path!r}: one of {', '.join(recipe_names())}, or a .toml file{hint}")
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as exc:
@@ -157,6 +203,8 @@ def load_recipe(name_or_path: str, *, overrides: tuple[str, ...] = ()) -> Recipe
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
         raise RecipeError(f"{path}: not a TOML file: {exc}") from exc
     values.setdefault("name", path.stem)
+    if task is not None:
+        values = merge(values, load_task(task))
     for override in overrides:
         _apply_override(values, override)
     return recipe_from_dict(values)
@@ -184,14 +232,22 @@ def _check(recipe: Recipe) -> None:
             where = f"stage {stage.name!r}, phase {phase.name!r}"
             _expect(phase.epochs > 0 and phase.learning_rate > 0, where, "epochs > 0 and learning_rate > 0")
             _expect(phase.encoder_learning_rate >= 0, where, "encoder_learning_rate >= 0")
+            _expect(phase.kind in PHASE_KINDS, f"{where}, kind", f"one of {', '.join(PHASE_KINDS)}")
+            is_alone = phase.kind == "generator" or recipe.adversarial.critic
+            _expect(is_alone, where, f"adversarial.critic for a phase of kind {phase.kind!r}")
     degrade, optimizer = recipe.degrade, recipe.optimizer
     _expect(degrade.resize in RESIZE_FILTERS, "degrade.resize", f"one of {', '.join(RESIZE_FILTERS)}")
-    for name in ("jpeg_quality", "noise_sigma", "holes", "texts"):
+    _expect(degrade.rounds in (1, 2), "degrade.rounds", "1 or 2")
+    low, high = degrade.crop_scale
+    _expect(0 < low <= high <= 1, "degrade.crop_scale", "[lowest, highest] in (0, 1]")
+    for name in ("jpeg_quality", "noise_sigma", "blur_sigma", "holes", "texts"):
         low, high = getattr(degrade, name)
         _expect(0 <= low <= high, f"degrade.{name}", "[lowest, highest], neither negative")
-    for name in ("jpeg", "noise", "holes", "text"):
+    for name in ("jpeg", "noise", "blur", "holes", "text", "grey"):
         share = getattr(degrade, f"{name}_probability")
         _expect(0 <= share <= 1, f"degrade.{name}_probability", "a share from 0 to 1")
+    _expect(recipe.loss.feature_distance in DISTANCES, "loss.feature_distance", f"one of {', '.join(DISTANCES)}")
+    _expect(optimizer.schedule in SCHEDULES, "optimizer.schedule", f"one of {', '.join(SCHEDULES)}")
     _expect(optimizer.div > 0 and optimizer.final_div > 0, "optimizer", "div > 0 and final_div > 0")
     _expect(0 <= optimizer.warmup_share <= 1, "optimizer.warmup_share", "a share from 0 to 1")
     _expect(0 <= optimizer.ema_decay < 1, "optimizer.ema_decay", "0 <= ema_decay < 1")

@@ -32,6 +32,11 @@ def one_cycle(step: int, total: int, config: OptimizerConfig) -> tuple[float, fl
     )
 
 
+def schedule(step: int, total: int, config: OptimizerConfig) -> tuple[float, float]:
+    """Give the learning rate, as a share of its maximum, and Adam's beta1 at a step of the recipe's schedule."""
+    return (1.0, config.beta1_high) if config.schedule == "constant" else one_cycle(step, total, config)
+
+
 def group_rates(lowest: float, highest: float, groups: int) -> list[float]:
     """Space `groups` learning rates geometrically, input end first; 0 for lowest means all alike."""
     if groups == 1 or lowest <= 0:

@@ -20,7 +20,20 @@ def icnr_(weight: Tensor, *, factor: int) -> Tensor:
     return weight
 
 
-def zero_bias_(conv: nn.Conv2d) -> None:
+@torch.no_grad()
+def nearest_(weight: Tensor, *, factor: int) -> Tensor:
+    """Fill `weight` in place so that PixelShuffle behind it repeats each input pixel factor*factor times.
+
+    This is ICNR of the identity: growing a network by such a layer changes nothing but the size.
+    weight: (C * factor**2, C, k, k) with odd k.
+    Returns: weight.
+    """
+    kernel = nn.init.dirac_(torch.empty(weight.shape[0] // factor**2, *weight.shape[1:], dtype=weight.dtype))
+    weight.copy_(kernel.repeat_interleave(factor**2, dim=0))
+    return weight
+
+
+def zero_bias_(conv: nn.Conv2d | nn.ConvTranspose2d) -> None:
     """Set the bias of a convolution that has one to zero."""
     assert conv.bias is not None
     nn.init.zeros_(conv.bias)

@@ -40,6 +40,14 @@ class Network(nn.Module, ABC):
         """
         return None
 
+    def grown_parameters(self) -> list[Tensor]:
+        """Give the parameters of the newest growth layer, which a phase may train alone."""
+        return []
+
+    def extra_terms(self) -> dict[str, Tensor]:
+        """Give the network's own, weighted loss terms by name, of its last forward pass in train mode."""
+        return {}
+
     def fold(self) -> None:
         """Turn training-time parametrisations (weight norm, batch norm) into plain weights, in place, in eval mode."""
         for module in list(self.modules()):

@@ -1,0 +1,151 @@
+"""A critic beside the network: phases, turns, saved results, and going on in the middle of all that."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from train.adversary import FAKES, Adversary, SavedResults
+from train.errors import RecipeError
+from train.loop import Settings, Trainer
+from train.recipe import AdversarialConfig, Recipe, recipe_from_dict
+from train.run_folder import read_log
+
+TINY: dict[str, Any] = {
+    "name": "tiny-gan",
+    "model": {"options": {"channels": 8, "blocks": [1, 1, 1]}},
+    "loss": {"pixel": "mse"},
+    "adversarial": {
+        "critic": "unet-critic", "options": {"channels": 8, "blocks": 1}, "weight": 0.1, "rate": 5.0,
+    },
+    "samples_per_epoch": 8,
+    "stages": [
+        {"name": "64", "size": 64, "batch": 2, "phases": [
+            {"name": "content", "epochs": 1.0},
+            {"name": "critic", "epochs": 1.0, "kind": "critic"},
+            {"name": "both", "epochs": 2.0, "kind": "adversarial", "learning_rate": 1e-4},
+        ]},
+    ],
+}  # fmt: skip
+STEPS = 4 + 4 + 8
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Any:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def make_trainer(photographs: Path, out: Path, *, recipe: Recipe | None = None, **settings: Any) -> Trainer:
+    chosen: dict[str, Any] = {"device": "cpu", "precision": "fp32", "workers": 0} | settings
+    trainer = Trainer(recipe or recipe_from_dict(TINY), out, weights="random", settings=Settings(**chosen))
+    trainer.load_photographs(photographs, lambda done, total: None)
+    return trainer
+
+
+def weights_of(trainer: Trainer) -> dict[str, Tensor]:
+    assert trainer.adversary is not None
+    critic = {f"critic.{key}": value for key, value in trainer.adversary.critic.state_dict().items()}
+    return {key: value.clone() for key, value in (trainer.model.state_dict() | critic).items()}
+
+
+def test_each_phase_trains_what_it_says(photo_folder: Path, tmp_path: Path) -> None:
+    trainer = make_trainer(photo_folder, tmp_path)
+    moved = []
+    before = weights_of(trainer)
+    for stop in (4, 8, STEPS):
+        trainer.train(stop=lambda stop=stop: trainer.done_steps == stop)
+        after = weights_of(trainer)
+        names = {name for name in after if name.endswith(("weight", "original"))}
+        names = {name for name in names if not torch.equal(after[name], before[name])}
+        moved.append({name.startswith("critic.") for name in names})
+        before = after
+    assert moved == [{False}, {True}, {False, True}]
+    assert trainer.finished
+
+
+def test_the_critic_learns_to_tell_results_from_photographs() -> None:
+    """Of pictures with hard edges and the same without."""
+    torch.manual_seed(0)
+    adversary = Adversary(AdversarialConfig(critic="srgan", options={"channels": 8, "dense": 64}), torch.device("cpu"))
+    optimizer = torch.optim.AdamW(adversary.critic.parameters(), lr=1e-3)
+    losses = []
+    for _ in range(80):
+        hr = (torch.rand(4, 3, 8, 8) > 0.5).float().repeat_interleave(4, 2).repeat_interleave(4, 3)
+        soft = torch.nn.functional.avg_pool2d(hr, 3, 1, 1)
+        loss, _ = adversary.judge(soft, hr)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert np.log(2) / 2 < losses[0] < 2 * np.log(2), "ln 2 is knowing nothing"
+    assert np.mean(losses[-10:]) < 0.2
+    verdict, terms = adversary.persuade(soft, torch.tensor(1.0), {"pixel": torch.tensor(1.0)})
+    assert set(terms) == {"pixel", "adversarial"} and verdict > 1 and terms["adversarial"] > 1e-3
+
+
+@pytest.mark.parametrize("stop_at", [2, 5, 8, 11, 14])
+def test_a_stopped_run_goes_on_as_if_it_had_not(stop_at: int, photo_folder: Path, tmp_path: Path) -> None:
+    whole = make_trainer(photo_folder, tmp_path / "whole")
+    whole.train()
+    make_trainer(photo_folder, tmp_path / "parts", max_steps=stop_at).train()
+    resumed = make_trainer(photo_folder, tmp_path / "parts")
+    assert resumed.resume() and resumed.done_steps == stop_at
+    resumed.train()
+    one, other = weights_of(whole), weights_of(resumed)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_results_are_saved_and_read_again(photo_folder: Path, tmp_path: Path) -> None:
+    trainer = make_trainer(photo_folder, tmp_path, max_steps=5)
+    trainer.train()
+    saved = {path: path.stat().st_mtime_ns for path in (tmp_path / FAKES).iterdir()}
+    assert len(saved) == len(trainer.train_set)
+    resumed = make_trainer(photo_folder, tmp_path, max_steps=7)
+    resumed.resume()
+    resumed.train()
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / FAKES).iterdir()} == saved
+
+
+def test_saved_crops_show_the_same_place(photo_folder: Path, tmp_path: Path) -> None:
+    hr = np.random.default_rng(0).integers(0, 256, (80, 90, 3), dtype=np.uint8)
+    crops = SavedResults([(255 - hr, hr)], size=32, entropy=(1, 0, 0))
+    for index in range(5):
+        sr, target = crops[index]
+        torch.testing.assert_close(sr, 1 - target)
+        assert sr.shape == (3, 32, 32)
+    assert not torch.equal(crops[0][1], crops[1][1]) and torch.equal(crops[0][1], crops[0][1])
+
+
+def test_the_critic_keeps_its_turn_until_it_knows_enough() -> None:
+    adversary = Adversary(AdversarialConfig(critic="unet-critic", threshold=0.5), torch.device("cpu"))
+    turns = []
+    for loss in (0.9, 0.7, 0.4):
+        adversary.take_turns({"critic": torch.tensor(loss)})
+        turns.append(adversary.has_turn)
+    assert turns == [True, True, False]
+    adversary.take_turns({"adversarial": torch.tensor(1.0)})
+    assert adversary.has_turn, "one step of the network each time"
+    alternating = Adversary(AdversarialConfig(critic="unet-critic"), torch.device("cpu"))
+    alternating.take_turns({"critic": torch.tensor(9.0)})
+    assert not alternating.has_turn
+
+
+def test_both_losses_are_logged(photo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("train.clock.REPORT_SECONDS", -1.0)
+    make_trainer(photo_folder, tmp_path).train()
+    terms = {name for entry in read_log(tmp_path) for name in entry["terms"]}
+    assert {"pixel", "critic", "adversarial"} <= terms
+
+
+def test_a_phase_that_needs_a_critic_asks_for_one() -> None:
+    values = {key: value for key, value in TINY.items() if key != "adversarial"}
+    with pytest.raises(RecipeError, match=r"phase 'critic': expected adversarial.critic"):
+        recipe_from_dict(values)

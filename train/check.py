@@ -1,0 +1,494 @@
+"""Look at every picture of a data folder before a run depends on it: what is broken, small, or there twice.
+
+Needs no PyTorch; train.data takes from here what a picture is and which ones are copies.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import PIL
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from .atomic import write_json
+from .errors import DataError, ResourceError, TrainError
+
+LOG = logging.getLogger(__name__)
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
+# Perceptual hashes that differ in so few of 64 bits are one picture's. Of 565 photographs the two pairs of copies
+# differ in 0 and 4 bits, and no others in fewer than 14.
+NEAR_BITS = 8
+CACHE_FORMAT = 1
+SHOWN = 20  # lines of each list on the terminal
+
+
+def _silent(done: int, total: int) -> None:
+    """Report no progress."""
+
+
+# Pictures and their copies
+
+
+def find_pictures(folder: Path) -> list[Path]:
+    """List the pictures below a folder, sorted by path.
+
+    Raises: DataError if the folder is missing or holds none.
+    """
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder; give a folder of photographs")
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    if not paths:
+        raise DataError(f"{folder}: no pictures found ({', '.join(sorted(SUFFIXES))})")
+    return paths
+
+
+def read_picture(path: Path) -> np.ndarray:
+    """Decode a picture, turned as its EXIF orientation says: (H, W, 3) uint8 RGB.
+
+    Raises: nearly anything on broken files; `describe_fault` words it.
+    """
+    with Image.open(path) as image:
+        return _decode(image)
+
+
+def _decode(image: Image.Image) -> np.ndarray:
+    if image.mode == "F" or image.mode.startswith("I"):
+        raise ValueError(f"{image.mode} pixels, only 8-bit pictures are read")
+    return np.array(ImageOps.exif_transpose(image).convert("RGB"))
+
+
+def describe_fault(exc: Exception) -> str:
+    """Say in a few words why a picture could not be read."""
+    return "not a picture" if isinstance(exc, UnidentifiedImageError) else str(exc) or type(exc).__name__
+
+
+def pixel_digest(picture: np.ndarray) -> str:
+    """Hash the pixels of (H, W, 3) uint8: SHA-256, in hexadecimal."""
+    return hashlib.sha256(np.ascontiguousarray(picture).data).hexdigest()
+
+
+def perceptual_hash(picture: np.ndarray) -> int:
+    """Hash what (H, W, 3) uint8 looks like into 64 bits, nearly the same for a resized or recompressed copy.
+
+    The signs of the 8x8 lowest frequencies of a 32x32 grey thumbnail against their median ("pHash", C. Zauner 2010).
+    """
+    grey = Image.fromarray(picture).convert("L").resize((32, 32), Image.Resampling.BICUBIC)
+    cosines = np.cos(np.pi * np.outer(np.arange(8), np.arange(32) + 0.5) / 32)
+    # Flat pictures have nothing but rounding errors above the mean, which are not to decide.
+    frequencies = np.round(cosines @ np.asarray(grey, np.float64) @ cosines.T, 6).ravel()
+    bits = frequencies > np.median(frequencies[1:])  # the first is the mean
+    return int.from_bytes(np.packbits(bits).tobytes(), "big")
+
+
+def copies_before(hashes: Sequence[int]) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """Yield each picture that has near-duplicates before it: its index, theirs, and in how many bits they differ."""
+    octets = np.array(hashes, np.uint64).view(np.uint8).reshape(-1, 8)
+    signs = np.unpackbits(octets, axis=1).astype(np.float32) * 2 - 1  # (N, 64)
+    for start in range(0, len(signs), 256):
+        rows = signs[start : start + 256]
+        differing = (64 - rows @ signs[: start + len(rows)].T) / 2
+        for row in np.flatnonzero((differing <= NEAR_BITS).sum(axis=1) > 1):  # one is the picture itself
+            near = np.flatnonzero(differing[row, : start + row] <= NEAR_BITS)
+            if len(near):
+                yield start + int(row), near, differing[row, near].astype(int)
+
+
+def hold_out(digests: Sequence[str], hashes: Sequence[int], count: int) -> set[int]:
+    """Choose up to `count` pictures to validate on, at most a fifth; by their pixels, not by names or order.
+
+    digests, hashes: from `pixel_digest` and `perceptual_hash`. Copies and near-copies fall on the same side.
+    Returns: their indices.
+    """
+    room = min(count, len(digests) // 5)
+    if room < 1:
+        return set()
+    group = np.arange(len(digests))
+    for index, near, _ in copies_before(hashes):
+        joined = np.unique(group[near])
+        group[np.isin(group, joined)] = joined[0]
+        group[index] = joined[0]
+    chosen: set[int] = set()
+    seen: set[int] = set()
+    for index in sorted(range(len(digests)), key=lambda each: digests[each]):
+        if group[index] in seen:
+            continue
+        seen.add(int(group[index]))
+        members = np.flatnonzero(group == group[index])
+        if len(members) <= room:
+            chosen.update(members.tolist())
+            room -= len(members)
+            if not room:
+                break
+    return chosen
+
+
+# One picture
+
+
+@dataclass(frozen=True)
+class PictureFacts:
+    """What is known of a file. size: (height, width) as it is read. error: why it cannot be, empty where it can.
+
+    converted: what reading changes, such as "L pixels become RGB". fleeting: the error may go away by itself.
+    """
+
+    size: tuple[int, int] = (0, 0)
+    digest: str = ""
+    perceptual_hash: int = 0
+    converted: tuple[str, ...] = ()
+    error: str = ""
+    fleeting: bool = False
+
+
+def inspect_picture(path: Path) -> PictureFacts:
+    """Decode a file to the end and hash it; what is wrong with it is an answer, not an exception.
+
+    Raises: ResourceError if memory ends.
+    """
+    try:
+        with Image.open(path) as image:
+            converted = _conversions(image)
+            picture = _decode(image)
+    except MemoryError as exc:
+        raise ResourceError(f"{path}: memory ended while it was decoded; use fewer --processes") from exc
+    except Exception as exc:  # decoders raise nearly anything on broken files
+        return PictureFacts(error=describe_fault(exc), fleeting=isinstance(exc, OSError) and exc.errno is not None)
+    height, width = picture.shape[:2]
+    return PictureFacts((height, width), pixel_digest(picture), perceptual_hash(picture), tuple(converted))
+
+
+def _conversions(image: Image.Image) -> list[str]:
+    """List what is lost when an opened, not yet decoded picture is read as 8-bit RGB."""
+    frames = getattr(image, "n_frames", 1)
+    # The mode of 16-bit colour is RGB as well: only the decoder's name for what is in the file tells.
+    is_deep = any(";16" in str(tile[3]) for tile in getattr(image, "tile", ()))
+    found = [f"{image.mode} pixels become RGB"] if image.mode != "RGB" else []
+    found += ["16 bits become 8"] if is_deep else []
+    return found + ([f"{frames} frames, the first is read"] if frames > 1 else [])
+
+
+# What is remembered from one check to the next
+
+
+def cache_dir(name: str) -> Path:
+    """Name a folder of the user's cache: below SR_CACHE_DIR, else ~/.cache/sr-sdk, as in the SDK.
+
+    Raises: RuntimeError for a user without a home folder.
+    """
+    return Path(os.environ.get("SR_CACHE_DIR") or Path.home() / ".cache" / "sr-sdk") / name
+
+
+def _cache_file(folder: Path) -> Path | None:
+    """Name the file for one data folder; None without a place for it."""
+    try:
+        return cache_dir("pictures") / f"{hashlib.sha256(bytes(folder.resolve())).hexdigest()[:20]}.json"
+    except RuntimeError:
+        return None
+
+
+def _cache_head() -> dict[str, Any]:
+    return {"format": CACHE_FORMAT, "pillow": PIL.__version__}
+
+
+def _load_cache(path: Path | None) -> dict[str, tuple[list[int], PictureFacts]]:
+    """Read name -> (size in bytes and mtime_ns, facts); nothing if the file is missing, damaged or of another form."""
+    if path is None:
+        return {}
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        if {key: stored[key] for key in _cache_head()} != _cache_head():
+            return {}
+        return {name: (_stamp_from(entry), _facts_from(entry["facts"])) for name, entry in stored["pictures"].items()}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as exc:
+        LOG.warning("%s: not used, pictures are decoded anew (%s)", path, exc)
+        return {}
+
+
+def _stamp_from(entry: dict[str, Any]) -> list[int]:
+    size, modified = entry["stamp"]
+    return [int(size), int(modified)]
+
+
+def _facts_from(value: dict[str, Any]) -> PictureFacts:
+    height, width = map(int, value["size"])
+    error, digest, bits = str(value["error"]), str(value["digest"]), int(value["perceptual_hash"])
+    if not error and not (len(digest) == 64 and height > 0 and width > 0 and 0 <= bits < 1 << 64):
+        raise ValueError("an entry without a hash or size")
+    return PictureFacts((height, width), digest, bits, tuple(map(str, value["converted"])), error)
+
+
+def _save_cache(path: Path | None, known: dict[str, tuple[list[int], PictureFacts]]) -> None:
+    if path is None:
+        return
+    pictures = {
+        name: {"stamp": stamp, "facts": asdict(facts)} for name, (stamp, facts) in known.items() if not facts.fleeting
+    }
+    try:
+        write_json(_cache_head() | {"pictures": pictures}, path)
+    except ResourceError as exc:
+        LOG.warning("what was found is not remembered: %s", exc)
+
+
+def inspect_folder(
+    folder: Path, *, processes: int = 1, progress: Callable[[int, int], None] = _silent
+) -> dict[str, PictureFacts]:
+    """Inspect every picture below a folder, by its relative name; those that have not changed are not decoded again.
+
+    processes: that decode, 1 is this one alone.
+    Raises: DataError if the folder is missing or holds no pictures; ResourceError if memory ends.
+    """
+    paths = find_pictures(folder)
+    cache_file = _cache_file(folder)
+    cache = _load_cache(cache_file)
+    names = [path.relative_to(folder).as_posix() for path in paths]
+    stamps = [_stamp(path) for path in paths]
+    known = {name: cache[name] for name, stamp in zip(names, stamps) if name in cache and cache[name][0] == stamp}
+    wanted = [index for index, name in enumerate(names) if name not in known]
+    progress(len(known), len(paths))
+    try:
+        for index, facts in zip(wanted, _inspect_all([paths[index] for index in wanted], processes)):
+            known[names[index]] = stamps[index], facts
+            progress(len(known), len(paths))
+    finally:  # also what was found before Ctrl-C
+        if wanted or len(cache) != len(known):
+            _save_cache(cache_file, known)
+    return {name: known[name][1] for name in names}
+
+
+def _stamp(path: Path) -> list[int]:
+    try:
+        facts = path.stat()
+    except OSError:  # gone since it was listed: opening it will say so
+        return [-1, -1]
+    return [facts.st_size, facts.st_mtime_ns]
+
+
+def _inspect_all(paths: list[Path], processes: int) -> Iterator[PictureFacts]:
+    if processes < 2 or len(paths) < 2:
+        yield from map(inspect_picture, paths)
+        return
+    # spawn, because a fork copies the locks of whatever threads the caller runs.
+    pool = ProcessPoolExecutor(min(processes, len(paths)), mp_context=get_context("spawn"))
+    try:
+        yield from pool.map(inspect_picture, paths)
+    except BrokenProcessPool as exc:
+        raise ResourceError("a process that decodes was ended, by little memory perhaps; use --processes 1") from exc
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+# All of them
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A file, by its name below the folder, and what there is to say about it."""
+
+    file: str
+    what: str
+
+
+@dataclass(frozen=True)
+class Copy:
+    """A file that shows what another one shows; bits: of 64 that their perceptual hashes differ in."""
+
+    file: str
+    partner: str
+    bits: int = 0
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a data folder holds. Files that cannot be read end a run, tiny ones are left out, others are used.
+
+    duplicates have equal pixels, near_duplicates equal looks; each names the first, or the nearest, file before it.
+    overlap: training pictures that show what a picture to validate or test on shows.
+    """
+
+    folder: str
+    pictures: int
+    megapixels: float
+    train: int
+    validation: int
+    unreadable: tuple[Finding, ...]
+    tiny: tuple[Finding, ...]
+    converted: tuple[Finding, ...]
+    duplicates: tuple[Copy, ...]
+    near_duplicates: tuple[Copy, ...]
+    overlap: tuple[Copy, ...]
+
+    @property
+    def can_be_trained_on(self) -> bool:
+        """Tell whether a run can begin, and its figures mean something."""
+        return bool(self.train) and not self.unreadable and not self.overlap
+
+
+def check_data(
+    folder: Path,
+    *,
+    smallest_side: int,
+    validation_pictures: int = 16,
+    against: Sequence[Path] = (),
+    processes: int = 1,
+    progress: Callable[[int, int], None] = _silent,
+) -> Report:
+    """Decode every picture of a folder and tell what a run would stumble over.
+
+    smallest_side: of HR crops; photographs below it are not trained on. validation_pictures: set aside, as in training.
+    against: folders of pictures that must not be trained on, such as test sets.
+    progress: called with pictures done and in all, for each folder.
+    Raises: DataError if a folder is missing or holds no pictures; ResourceError if memory ends.
+    """
+    found = inspect_folder(folder, processes=processes, progress=progress)
+    readable = {name: facts for name, facts in found.items() if not facts.error}
+    usable = {name: facts for name, facts in readable.items() if min(facts.size) >= smallest_side}
+    held_out = hold_out(
+        [facts.digest for facts in usable.values()],
+        [facts.perceptual_hash for facts in usable.values()],
+        validation_pictures,
+    )
+    names = list(usable)
+    train = {name: usable[name] for index, name in enumerate(names) if index not in held_out}
+    kept_apart = {names[index]: usable[names[index]] for index in held_out}
+    unreadable = [Finding(name, facts.error) for name, facts in found.items() if facts.error]
+    for other in against:
+        tests = inspect_folder(other, processes=processes, progress=progress)
+        unreadable += [Finding(str(other / name), facts.error) for name, facts in tests.items() if facts.error]
+        kept_apart |= {str(other / name): facts for name, facts in tests.items() if not facts.error}
+    return Report(
+        folder=str(folder),
+        pictures=len(found),
+        megapixels=sum(facts.size[0] * facts.size[1] for facts in usable.values()) / 1e6,
+        train=len(train),
+        validation=len(held_out),
+        unreadable=tuple(unreadable),
+        tiny=tuple(
+            Finding(name, f"{facts.size[1]}x{facts.size[0]} pixels, smaller than {smallest_side}")
+            for name, facts in readable.items()
+            if name not in usable
+        ),
+        converted=tuple(Finding(n, "; ".join(facts.converted)) for n, facts in readable.items() if facts.converted),
+        duplicates=tuple(_duplicates(readable)),
+        near_duplicates=tuple(_near_duplicates(readable)),
+        overlap=tuple(_overlap(train, kept_apart)),
+    )
+
+
+def _duplicates(facts: dict[str, PictureFacts]) -> Iterator[Copy]:
+    first: dict[tuple[str, tuple[int, int]], str] = {}
+    for name, each in facts.items():
+        partner = first.setdefault((each.digest, each.size), name)
+        if partner != name:
+            yield Copy(name, partner)
+
+
+def _near_duplicates(facts: dict[str, PictureFacts]) -> Iterator[Copy]:
+    first = {(each.digest, each.size): name for name, each in reversed(facts.items())}  # one of each set of duplicates
+    names = [name for name, each in facts.items() if first[each.digest, each.size] == name]
+    for index, near, bits in copies_before([facts[name].perceptual_hash for name in names]):
+        nearest = int(bits.argmin())
+        yield Copy(names[index], names[near[nearest]], int(bits[nearest]))
+
+
+def _overlap(train: dict[str, PictureFacts], kept_apart: dict[str, PictureFacts]) -> Iterator[Copy]:
+    """Find the training pictures that show what a picture shows that is not to be trained on."""
+    names = [*kept_apart, *train]
+    hashes = [facts.perceptual_hash for facts in (*kept_apart.values(), *train.values())]
+    for index, near, bits in copies_before(hashes):
+        apart = near < len(kept_apart)
+        if index >= len(kept_apart) and apart.any():
+            nearest = int(bits[apart].argmin())
+            yield Copy(names[index], names[near[apart][nearest]], int(bits[apart][nearest]))
+
+
+# The command
+
+
+def render(report: Report) -> str:
+    """Write a report as text; long lists are cut."""
+    lines = [
+        f"{report.folder}: {report.pictures} pictures, {report.megapixels:.1f} megapixels to use; "
+        f"{report.train} to train on, {report.validation} to validate"
+    ]
+    findings = {
+        "cannot be read, and end a run": report.unreadable,
+        "too small, left out": report.tiny,
+        "converted when read": report.converted,
+    }
+    copies = {
+        "equal pixels": report.duplicates,
+        "nearly equal": report.near_duplicates,
+        "trained on, although kept apart to validate or test": report.overlap,
+    }
+    for title, found in findings.items():
+        lines += _listed(title, [f"{each.file}: {each.what}" for each in found])
+    for title, pairs in copies.items():
+        lines += _listed(title, [f"{pair.file} = {pair.partner} ({pair.bits} of 64 bits differ)" for pair in pairs])
+    return "\n".join(lines)
+
+
+def _listed(title: str, items: Sequence[str]) -> list[str]:
+    more = [f"  and {len(items) - SHOWN} more; --json FILE lists all"] if len(items) > SHOWN else []
+    return [f"{title}: {len(items)}", *(f"  {item}" for item in items[:SHOWN]), *more] if items else []
+
+
+def usable_cores() -> int:
+    """Count the cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@click.command("check")
+@click.argument("data", type=click.Path(path_type=Path))
+@click.option("--recipe", "recipe_name", default="fast", show_default=True, help="Its largest crop: smaller is tiny.")
+@click.option("--against", type=click.Path(path_type=Path), multiple=True, help="Folder that must not be trained on.")
+@click.option("--processes", type=click.IntRange(min=1), help="That decode. Default: the cores, at most 8.")
+@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the whole report here too.")
+def check_command(
+    data: Path, recipe_name: str, against: tuple[Path, ...], processes: int | None, json_path: Path | None
+) -> None:
+    """Decode every picture in folder DATA and list what is broken, too small, or there more than once.
+
+    Exit code 1 if a picture cannot be read, none is left to train on, or one is kept apart and trained on.
+    """
+    from .recipe import load_recipe
+
+    try:
+        recipe = load_recipe(recipe_name)
+        with click.progressbar(length=0, label="decoding", file=sys.stderr) as bar:
+            report = check_data(
+                data,
+                smallest_side=max(stage.size for stage in recipe.stages),
+                validation_pictures=recipe.validation_pictures,
+                against=against,
+                processes=processes or min(8, usable_cores()),
+                progress=partial(show_bar, bar),
+            )
+        if json_path is not None:
+            write_json({"schema": 1, "kind": "check", **asdict(report)}, json_path)
+    except TrainError as exc:
+        raise click.ClickException(" ".join(str(exc).split())) from exc
+    click.echo(render(report))
+    if not report.can_be_trained_on:
+        raise SystemExit(1)
+
+
+def show_bar(bar: Any, done: int, total: int) -> None:
+    """Set a bar of click to `done`, which may be less than before when another folder begins."""
+    bar.length, bar.finished = total, False
+    bar.update(done - bar.pos)

@@ -1,0 +1,259 @@
+"""The networks of a run, and one step of their optimisers."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .adversary import Adversary
+from .devices import choose_autocast, choose_device, join_processes
+from .errors import CheckpointError, DivergedError, RecipeError, ResourceError
+from .losses import CombinedLoss, charbonnier
+from .models import Network, build_model
+from .optimizer import load_states, make_optimizers, states_by_name
+from .recipe import PhaseConfig, Recipe, StageConfig
+
+LOG = logging.getLogger(__name__)
+MAX_NON_FINITE = 10
+
+
+class Learner:
+    """A network, its average, what judges it, and the optimisers of the present phase.
+
+    fixed: names of parameters that no phase trains. ema: the average of the weights, a run's product.
+    non_finite, skipped: steps whose loss or gradient was not finite, in a row and in all.
+    """
+
+    def __init__(self, recipe: Recipe, *, weights: Path | str | None, device: str, precision: str):
+        self.recipe = recipe
+        self.device = choose_device(device)
+        self.autocast = choose_autocast(precision, self.device)
+        self.processes = join_processes(self.device)
+        torch.manual_seed(recipe.seed)
+        self.model = build_model(recipe.model, weights=weights).to(self.device).to(memory_format=torch.channels_last)
+        if self.processes.count > 1 and self.device.type == "cuda":
+            self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
+        self.fixed = frozenset(name for name, p in self.model.named_parameters() if not p.requires_grad)
+        self.ema = {key: value.detach().clone() for key, value in self.model.state_dict().items()}
+        self.loss = CombinedLoss(recipe.loss, weights=weights).to(self.device).to(memory_format=torch.channels_last)
+        self.teacher: Network | None = None
+        self.adversary = Adversary(recipe.adversarial, self.device) if recipe.adversarial.critic else None
+        self.phase = recipe.stages[0].phases[0]
+        self.optimizers: list[torch.optim.Optimizer] = []
+        self.done_steps = 0
+        self.non_finite = self.skipped = 0
+
+    def start_from(self, weights: dict[str, Tensor]) -> None:
+        """Take over trained weights before the first step; a network that can grow takes those of a smaller one.
+
+        Raises: CheckpointError if they belong to another network.
+        """
+        shapes = {key: tuple(value.shape) for key, value in self.model.state_dict().items()}
+        given = {key: tuple(value.shape) for key, value in weights.items()}
+        wrong = sorted(key for key in shapes.keys() | given.keys() if shapes.get(key) != given.get(key))
+        if wrong and (grown := self.model.grow(weights)):
+            LOG.warning("the weights of a smaller network are widened: %d of %d tensors", len(wrong), len(shapes))
+            weights = grown
+        elif wrong:
+            raise CheckpointError(
+                f"the weights to start from do not fit this recipe's network ({self.recipe.model.name}): "
+                f"{len(wrong)} of {len(shapes)} tensors differ, the first is {wrong[0]}"
+            )
+        self.reset(weights)
+
+    def reset(self, weights: dict[str, Tensor]) -> None:
+        """Set the weights, their average to the same, and forget the optimisers, gradients and counts."""
+        self.model.load_state_dict(weights)
+        self.model.zero_grad(set_to_none=True)
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(name not in self.fixed)
+        self.ema = {key: value.detach().clone() for key, value in self.model.state_dict().items()}
+        self.optimizers, self.done_steps, self.non_finite, self.skipped = [], 0, 0, 0
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Give everything that a checkpoint must hold to go on from here, by name."""
+        found = {f"model.{key}": value for key, value in self.model.state_dict().items()}
+        found |= {f"ema.{key}": value for key, value in self.ema.items()}
+        if self.adversary:
+            found |= {f"critic.{key}": value for key, value in self.adversary.critic.state_dict().items()}
+        for prefix, network in self._optimised().items():
+            states = states_by_name(network, self.optimizers)
+            found |= {f"{prefix}.{key}": value for key, value in states.items()}
+        return found
+
+    def load_tensors(self, groups: Callable[[str], dict[str, Tensor]]) -> None:
+        """Take over what `tensors` gave; the optimisers of a phase that has begun must be prepared."""
+        self.model.load_state_dict(groups("model"))
+        for key, value in groups("ema").items():
+            self.ema[key].copy_(value)  # keeps the memory format, on which the last bit may depend
+        if self.adversary:
+            self.adversary.critic.load_state_dict(groups("critic"))
+        for prefix, network in self._optimised().items():
+            load_states(network, self.optimizers, groups(prefix))
+
+    def _optimised(self) -> dict[str, nn.Module]:
+        """Give the networks whose optimisers' state is kept, by their prefix in a checkpoint."""
+        networks: dict[str, nn.Module] = {"optimizer": self.model}
+        return networks | ({"critic_optimizer": self.adversary.critic} if self.adversary else {})
+
+    def prepare_optimizers(self, phase: PhaseConfig) -> None:
+        """Freeze what the phase freezes, and make its optimisers with fresh state."""
+        self.phase = phase
+        frozen = {id(p) for p in self.model.freezable_parameters()} if phase.freeze_encoder else set()
+        if phase.grown_only:
+            grown = {id(p) for p in self.model.grown_parameters()}
+            if not grown:
+                raise RecipeError(f"phase {phase.name!r}: {self.recipe.model.name} has no grown layers to train alone")
+            frozen = {id(p) for p in self.model.parameters()} - grown
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(id(parameter) not in frozen and name not in self.fixed)
+        self.set_mode()
+        config = self.recipe.optimizer
+        self.optimizers = [] if phase.kind == "critic" else make_optimizers(self.model, config, phase)
+        if phase.kind != "generator":
+            assert self.adversary is not None, "the recipe was checked"
+            rate = phase.learning_rate * self.recipe.adversarial.rate
+            self.optimizers += make_optimizers(self.adversary.critic, config, replace(phase, learning_rate=rate))
+
+    def set_mode(self) -> None:
+        """Put the network into train mode; where grown layers are trained alone, no statistics of others move."""
+        self.model.train()
+        if self.phase.grown_only:
+            trained = {id(parameter) for parameter in self.model.grown_parameters()}
+            for module in self.model.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.train(any(id(parameter) in trained for parameter in module.parameters()))
+
+    def enlarge(self, lr: Tensor, scale: int) -> Tensor:
+        """Run the network in the run's precision."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+            return self.model(lr, scale).float()
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Give the groups of all optimisers, to set their rates."""
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
+
+    def step(self, lr: Tensor, hr: Tensor, stage: StageConfig) -> dict[str, Tensor]:
+        """Take one optimiser step and return the weighted loss terms.
+
+        A step whose loss or gradient is not finite is skipped and counted, and returns nothing.
+        Raises: DivergedError at the tenth of them in a row; ResourceError when memory runs out.
+        """
+        # Of dropout and of sampling: the same at this step of every run, whatever was run before it.
+        torch.manual_seed(hash((self.recipe.seed, self.done_steps, self.processes.rank)))
+        try:
+            lr = lr.to(self.device, memory_format=torch.channels_last, non_blocking=True)
+            hr = hr.to(self.device, memory_format=torch.channels_last, non_blocking=True)
+            terms = self._descend(*self._losses(lr, hr))
+        except (torch.OutOfMemoryError, RuntimeError) as exc:
+            if not _is_memory_error(exc):
+                raise
+            fitting = self._largest_fitting(lr, hr)
+            advice = f"{fitting} would fit" if fitting else "not even one picture fits: take a smaller stage size"
+            raise ResourceError(
+                f"out of memory with batch {stage.batch} at size {stage.size} (stage {stage.name}); {advice}: "
+                f"--set stages.{self.recipe.stages.index(stage)}.batch={max(1, fitting)}"
+            ) from exc
+        if terms and self.phase.kind != "critic" and "critic" not in terms:
+            self._update_ema()
+        if terms and self.adversary and self.phase.kind == "adversarial":
+            self.adversary.take_turns(terms)
+        return terms
+
+    def _losses(self, lr: Tensor, hr: Tensor) -> tuple[nn.Module, Tensor, dict[str, Tensor]]:
+        """Give the network that learns in this step, its loss and the terms of it."""
+        if self.phase.kind == "critic":
+            return self._judge(lr, hr)
+        scale = hr.shape[-1] // lr.shape[-1]
+        if self.phase.kind == "adversarial" and self.adversary and self.adversary.has_turn:
+            with torch.no_grad():
+                sr = self.enlarge(lr, scale)
+            return self._judge(sr, hr)
+        sr = self.enlarge(lr, scale)
+        loss, terms = self.loss(sr, hr)
+        for name, term in self.model.extra_terms().items():
+            loss, terms = loss + term, terms | {name: term}
+        if self.teacher is not None:
+            with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+                taught = self.teacher(lr, scale).float()
+            term = self.recipe.loss.teacher_weight * charbonnier(sr, taught)
+            loss, terms = loss + term, terms | {"teacher": term}
+        if self.phase.kind == "adversarial":
+            assert self.adversary is not None, "the recipe was checked"
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+                loss, terms = self.adversary.persuade(sr, loss, terms)
+        return self.model, loss, terms
+
+    def _judge(self, sr: Tensor, hr: Tensor) -> tuple[nn.Module, Tensor, dict[str, Tensor]]:
+        assert self.adversary is not None, "the recipe was checked"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+            return self.adversary.critic, *self.adversary.judge(sr, hr)
+
+    def _descend(self, network: nn.Module, loss: Tensor, terms: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Take a step of one network's optimisers, with the mean gradient of all processes."""
+        network.zero_grad(set_to_none=True)
+        loss.backward()
+        told = {name: term.detach().clone() for name, term in terms.items()}
+        loss = loss.detach().clone()
+        parameters = [parameter for parameter in network.parameters() if parameter.grad is not None]
+        self.processes.average([loss, *told.values(), *(p.grad for p in parameters if p.grad is not None)])
+        # Without a limit this only measures: the factor it multiplies with is then exactly 1.
+        norm = nn.utils.clip_grad_norm_(parameters, self.recipe.optimizer.gradient_clip or math.inf)
+        for what, value in (("loss", loss), ("gradient", norm)):
+            if not torch.isfinite(value):
+                self._skip(what, value)
+                return {}
+        self.non_finite = 0
+        trained = {id(parameter) for parameter in parameters}
+        for optimizer in self.optimizers:
+            if any(id(p) in trained for group in optimizer.param_groups for p in group["params"]):
+                optimizer.step()
+        return told
+
+    def _largest_fitting(self, lr: Tensor, hr: Tensor) -> int:
+        """Try smaller batches after memory ran out; 0 if not even one picture fits."""
+        count = len(lr) // 2
+        while count:
+            self.model.zero_grad(set_to_none=True)
+            try:
+                self._losses(lr[:count], hr[:count])[1].backward()
+                return count * self.processes.count
+            except (torch.OutOfMemoryError, RuntimeError) as exc:
+                if not _is_memory_error(exc):
+                    raise
+            count //= 2
+        return 0
+
+    def _skip(self, what: str, value: Tensor) -> None:
+        self.non_finite += 1
+        self.skipped += 1
+        LOG.warning("step %d: the %s is %s, skipped", self.done_steps, what, value.item())
+        for name, buffer in self.model.named_buffers():  # BatchNorm has taken the step in already
+            if name in self.ema and buffer.is_floating_point():
+                buffer.copy_(self.ema[name])
+        if self.non_finite >= MAX_NON_FINITE:
+            raise self._diverged(f"the loss or its gradient was not finite for {MAX_NON_FINITE} steps in a row")
+
+    def _diverged(self, what: str) -> DivergedError:
+        return DivergedError(f"{what}; lower the learning rate")
+
+    @torch.no_grad()
+    def _update_ema(self) -> None:
+        # The ramp lets the average forget the untrained start.
+        decay = min(self.recipe.optimizer.ema_decay, (1 + self.done_steps) / (10 + self.done_steps))
+        state = self.model.state_dict()
+        floating = [key for key, value in state.items() if value.is_floating_point()]
+        torch._foreach_lerp_([self.ema[key] for key in floating], [state[key] for key in floating], 1 - decay)
+        for key in state.keys() - set(floating):
+            self.ema[key].copy_(state[key])
+
+
+def _is_memory_error(exc: RuntimeError) -> bool:
+    return isinstance(exc, torch.OutOfMemoryError) or "can't allocate memory" in str(exc)

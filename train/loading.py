@@ -1,0 +1,50 @@
+"""Samples in batches, prepared by other processes; what is in a batch depends on the number of its step alone."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Generator, Iterator
+
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+GRACE_SECONDS = 10
+
+
+class Steps(Sampler[list[int]]):
+    """The sample indices of the steps `first` to `last` - 1; of each batch, the part of one of `count` processes."""
+
+    def __init__(self, first: int, last: int, *, batch: int, rank: int = 0, count: int = 1):
+        self.first, self.last, self.batch = first, last, batch
+        self.part = range(batch)[rank * batch // count : (rank + 1) * batch // count]
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for step in range(self.first, self.last):
+            yield [step * self.batch + place for place in self.part]
+
+
+def _leave_signals_to_the_parent(worker: int) -> None:
+    """Outlive a signal sent to the whole process group for a while: the parent saves, and ends its workers then.
+
+    Not for ever, because SIGTERM is also how a parent that leaves in mid-epoch ends them.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(GRACE_SECONDS))
+
+
+def batches(
+    dataset: Dataset[tuple[Tensor, Tensor]], steps: Steps, *, workers: int, pin: bool = False
+) -> Generator[tuple[Tensor, Tensor], None, None]:
+    """Yield the batches of steps: (N, 3, h, w) LR and (N, 3, H, W) HR. pin: in page-locked memory, for a GPU."""
+    # fork shares the decoded pictures with the workers; the start methods that pickle would copy them.
+    loader: DataLoader[tuple[Tensor, Tensor]] = DataLoader(
+        dataset,
+        batch_sampler=steps,
+        num_workers=workers,
+        prefetch_factor=4 if workers else None,
+        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
+        worker_init_fn=_leave_signals_to_the_parent,
+        pin_memory=pin,
+    )
+    yield from loader
