@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.readme import fill_tables
+from train.cli import TOOLS
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -42,8 +43,11 @@ def command_lines() -> list[str]:
 
 @pytest.mark.parametrize("line", command_lines())
 def test_command_takes_the_options_shown(line):
-    program, *arguments = shlex.split(line)
+    program, *arguments = shlex.split(line, comments=True)
     command = importlib.import_module(COMMANDS[program]).main
+    if program == "sr-train" and arguments[0] in TOOLS:
+        module, _, name = TOOLS[arguments.pop(0)].partition(":")
+        command = getattr(importlib.import_module(module), name)
     context = command.make_context(program, arguments, resilient_parsing=False)
     assert context.params
 
