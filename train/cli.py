@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 EXTRA = {"torch", "torchvision", "safetensors", "matplotlib", "tomli"}
 # Recipe -> what it is meant to go on from.
-NEEDS_INIT = {"fast-perceptual": "a run of fast", "srgan": "a run of srgan-mse"}
+NEEDS_INIT = {"fast-perceptual": "a run of fast", "fast-wide": "a run of fast", "srgan": "a run of srgan-mse"}
 # Word behind sr-train -> where its command is; every other first word is a folder to train on.
 TOOLS = {
     "check": "train.check:check_command",
