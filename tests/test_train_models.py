@@ -269,3 +269,22 @@ def test_a_grown_network_computes_what_the_smaller_one_did() -> None:
     assert tail is not None and tail[:, 8:].abs().min() > 0, "the new channels learn"
     assert small.grow({key: value.clone() for key, value in large.state_dict().items()}) is None
     assert large.grow({"something": torch.zeros(1)}) is None
+
+
+@pytest.mark.parametrize("scale", [1, 2, 4])
+def test_a_network_starts_from_one_of_another_scale(scale: int) -> None:
+    """On pictures of blocks both see the same, so that their details are the same."""
+    torch.manual_seed(0)
+    source, target = FastUNet(2, channels=8, blocks=(1, 1, 1)), FastUNet(scale, channels=8, blocks=(1, 1, 1))
+    nn.init.normal_(source.tail.weight, std=0.05)
+    grown = target.grow({key: value.clone() for key, value in source.state_dict().items()})
+    assert grown is not None
+    target.load_state_dict(grown)
+    blocks = torch.rand(1, 3, 16, 24)
+
+    def detail(network: FastUNet, scale: int) -> Tensor:
+        lr = blocks.repeat_interleave(4 // scale, 2).repeat_interleave(4 // scale, 3)
+        skip = F.interpolate(lr, scale_factor=float(scale), mode="bilinear") if scale > 1 else lr
+        return network(lr, scale) - skip
+
+    torch.testing.assert_close(detail(target, scale), detail(source, 2), atol=1e-5, rtol=1e-4)

@@ -59,7 +59,11 @@ class Learner:
         given = {key: tuple(value.shape) for key, value in weights.items()}
         wrong = sorted(key for key in shapes.keys() | given.keys() if shapes.get(key) != given.get(key))
         if wrong and (grown := self.model.grow(weights)):
-            LOG.warning("the weights of a smaller network are widened: %d of %d tensors", len(wrong), len(shapes))
+            LOG.warning(
+                "the weights are of a smaller network or another scale: %d of %d tensors fitted",
+                len(wrong),
+                len(shapes),
+            )
             weights = grown
         elif wrong:
             raise CheckpointError(

@@ -97,10 +97,16 @@ class FastUNet(Network):
 
     @torch.no_grad()
     def grow(self, weights: dict[str, Tensor]) -> dict[str, Tensor] | None:
-        """See Network.grow: for fewer channels or blocks. Its channels are the first ones, and read no others."""
+        """See Network.grow: for fewer channels or blocks, and another scale.
+
+        The smaller one's channels are the first ones, and read no others. Of another scale it computes what that one
+        made of the picture enlarged by repetition, or reduced by means.
+        """
         own = {key: value.clone() for key, value in self.state_dict().items()}
         for key, value in own.items():
             old = weights.get(key)
+            if old is not None and key == "head.weight":
+                old = _resample(old, value.shape[-1])
             if old is None:
                 if ".conv2." not in key:
                     continue  # of a new block, which adds nothing yet
@@ -125,6 +131,20 @@ class FastUNet(Network):
             return lr + detail
         skip = F.interpolate(lr, scale_factor=float(scale), mode="bilinear", align_corners=False)
         return skip + detail
+
+
+def _resample(kernel: Tensor, size: int) -> Tensor | None:
+    """Turn the head's kernel for one size of input pixels into that for another; None if neither divides the other.
+
+    kernel: (c, 3, k, k), k = 3 * unshuffle. Returns: (c, 3, size, size).
+    """
+    old = kernel.shape[-1]
+    if old % size == 0:
+        return F.avg_pool2d(kernel, old // size) * (old // size) ** 2
+    if size % old == 0:
+        factor = size // old
+        return kernel.repeat_interleave(factor, 2).repeat_interleave(factor, 3) / factor**2
+    return None
 
 
 def build_fast_unet(
