@@ -196,6 +196,27 @@ def test_init_starts_from_another_runs_weights(
     assert resumed.facts["init"] == trainer.facts["init"]
 
 
+def test_init_starts_from_a_bundle(photo_folder: Path, tmp_path: Path) -> None:
+    """Its weights are folded and in fp16: what a network without norms has, rounded."""
+    trainer = make_trainer(photo_folder, tmp_path / "run")
+    half = {key: value.half().contiguous() for key, value in trainer.model.state_dict().items()}
+    bundle = tmp_path / "bundle"
+    bundle.mkdir()
+    save_file(half, bundle / "48.safetensors")
+    stage = {"name": "48", "weights": {"name": "48.safetensors", "bytes": 1, "sha256": "abc"}}
+    (bundle / "manifest.json").write_text(json.dumps({"name": "mine", "stages": [stage]}))
+    trainer.start_from_run(bundle)
+    assert same(trainer.model.state_dict(), {key: value.float() for key, value in half.items()})
+    assert trainer.facts["init"] == {"bundle": "mine", "stage": "48", "sha256": "abc"}
+    stage["weights"]["name"] = "48.weights"
+    (bundle / "manifest.json").write_text(json.dumps({"name": "mine", "stages": [stage]}))
+    with pytest.raises(CheckpointError, match="holds no safetensors"):
+        trainer.start_from_run(bundle)
+    (bundle / "manifest.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="not a readable bundle"):
+        trainer.start_from_run(bundle)
+
+
 def test_init_refuses_another_network_and_an_empty_run(photo_folder: Path, tmp_path: Path) -> None:
     source = make_trainer(photo_folder, tmp_path / "source", max_steps=1)
     source.begin()

@@ -17,6 +17,7 @@ from .errors import CheckpointError, ResourceError
 
 TENSORS = "state.safetensors"
 FACTS = "state.json"
+MANIFEST = "manifest.json"  # of a bundle
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,25 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         raise CheckpointError(f"{folder}: not a readable checkpoint ({exc})") from exc
     if not isinstance(facts, dict):
         raise CheckpointError(f"{folder}: {FACTS} holds no table")
+    return Checkpoint(tensors, facts)
+
+
+def load_bundle(folder: Path) -> Checkpoint:
+    """Read the weights of a bundle's last stage, as sr-export has written them: folded, fp16.
+
+    Returns: group "model" in float32; facts that say which bundle it was.
+    Raises: CheckpointError if they cannot be read.
+    """
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        stage = manifest["stages"][-1]
+        file = Path(stage["weights"]["name"]).name
+        if not file.endswith(".safetensors"):
+            raise CheckpointError(f"{folder}: holds no safetensors; start from the run that it was made of")
+        tensors = {f"model.{key}": value.float() for key, value in load_file(folder / file).items()}
+        facts = {"bundle": manifest["name"], "stage": stage["name"], "sha256": stage["weights"]["sha256"]}
+    except (OSError, ValueError, KeyError, IndexError, TypeError, SafetensorError) as exc:
+        raise CheckpointError(f"{folder}: not a readable bundle ({exc})") from exc
     return Checkpoint(tensors, facts)
 
 

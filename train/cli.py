@@ -75,7 +75,7 @@ def _one_line_errors() -> Iterator[None]:
 @click.option("--paired", type=click.Path(path_type=Path), metavar="LR", help="Folder of the LR pictures of DATA.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Run folder; an unfinished run is resumed.")
 @click.option("--weights", help="Folder of pretrained weights, or 'random'. Default: SR_WEIGHTS_DIR, else a download.")
-@click.option("--init", type=click.Path(path_type=Path), help="Start from the last stage of another run's weights.")
+@click.option("--init", type=click.Path(path_type=Path), help="Start from another run's, or a bundle's, last stage.")
 @click.option("--teacher", type=click.Path(path_type=Path), help="Run to learn from, for loss.teacher_weight.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change one value of the recipe.")
 @click.option("--find-lr", is_flag=True, help="Only run the learning-rate finder: plot and suggestion.")

@@ -20,7 +20,16 @@ from torch.utils.data import Dataset
 
 from . import plots
 from .adversary import SavedResults, save_results
-from .checkpoint import Checkpoint, keep_latest, latest_checkpoint, load_checkpoint, save_checkpoint, stage_folder
+from .checkpoint import (
+    MANIFEST,
+    Checkpoint,
+    keep_latest,
+    latest_checkpoint,
+    load_bundle,
+    load_checkpoint,
+    save_checkpoint,
+    stage_folder,
+)
 from .clock import Clock
 from .data import CropPairs, Photographs, read_photographs, split_validation
 from .devices import Processes
@@ -129,11 +138,15 @@ class Trainer(Learner):
         return self.position[0] == len(self.recipe.stages)
 
     def start_from_run(self, run: Path) -> None:
-        """Take over the weights of the last stage that another run has written, before the first step.
+        """Take over the weights of the last stage of another run, or of a bundle, before the first step.
 
         Raises: CheckpointError if there are none or they belong to another network.
         """
-        source, self.facts["init"] = _last_stage(run)
+        if (run / MANIFEST).is_file():
+            source = load_bundle(run)
+            self.facts["init"] = source.facts
+        else:
+            source, self.facts["init"] = _last_stage(run)
         self.start_from(source.group("model"))
 
     def learn_from_run(self, run: Path) -> None:

@@ -144,6 +144,8 @@ def in_words(recipe: Recipe) -> list[str]:
 
 def _origin(known: dict[str, Any]) -> str:
     init = known.get("init")
+    if isinstance(init, dict) and "bundle" in init:
+        return f"It starts from stage {_text(init.get('stage'))} of the bundle {_text(init['bundle'])}."
     if isinstance(init, dict):
         whole = "" if init.get("complete", True) else ", which was not complete,"
         return (
