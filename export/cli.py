@@ -17,6 +17,8 @@ from click.core import ParameterSource
 from sdk.bundle import Bundle
 from sdk.errors import BackendUnavailable, OptionError, SRError
 
+from .errors import printable
+
 path_type = click.Path(path_type=Path)
 
 
@@ -138,11 +140,6 @@ def ended_by_signals() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def printable(text: str) -> str:
-    """Put a message on one line, without what gives orders to the terminal: files of others may name things so."""
-    return "".join(character if character.isprintable() else " " for character in " ".join(text.split()))
 
 
 def write_bundle(

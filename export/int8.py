@@ -19,6 +19,7 @@ from onnx import TensorProto, numpy_helper
 from PIL import Image
 
 from sdk.backends.folding import fold_casts
+from train.validation import psnr_y
 
 from .errors import ExportError
 from .parity import MIN_PSNR_DB, compare, find_pictures, on_grid, read_rgb
@@ -78,14 +79,6 @@ def reduce(hr: np.ndarray, scale: int) -> np.ndarray:
     return np.array(image.resize((width, height), Image.Resampling.BICUBIC))
 
 
-def psnr_y(result: np.ndarray, reference: np.ndarray, *, shave: int) -> float:
-    """Give the PSNR in dB on Y (BT.601, limited range) with `shave` pixels off each side; at most 100."""
-    height, width = reference.shape[:2]
-    difference = (result.astype(np.float64) - reference)[shave : height - shave, shave : width - shave]
-    mse = float(np.mean((difference @ [65.481, 128.553, 24.966] / 255) ** 2))
-    return min(100.0, float(10 * np.log10(255**2 / mse))) if mse else 100.0
-
-
 @dataclass(frozen=True)
 class Quality:
     """Lowest PSNR against fp32, and the mean PSNR-Y that is lost against photographs, both in dB."""
@@ -130,7 +123,7 @@ class Yardstick:
         return Quality(psnr, float(np.mean(lost)))
 
     def _score(self, run: Run, lr: np.ndarray, hr: np.ndarray) -> float:
-        return psnr_y(run(lr[None])[0], hr, shave=self._scale)
+        return min(100.0, psnr_y(run(lr[None])[0], hr, shave=self._scale))
 
 
 def quantise(

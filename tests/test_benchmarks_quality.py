@@ -3,8 +3,8 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from types import SimpleNamespace
 
+import fake_upscaler
 import numpy as np
 import pytest
 from click.testing import CliRunner
@@ -27,32 +27,10 @@ needs_weights = pytest.mark.skipif(
 )
 
 
-class FakeUpscaler:
-    """Repeats pixels; stands in for a model at scale 2."""
-
-    scale = 2
-    info = {"backend": "fake", "engine": "fake 1", "device": "cpu", "precision": "fp32"}
-
-    def __init__(self, model=None, **options):
-        pass
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exception):
-        pass
-
-    def upscale(self, image):
-        return image.repeat(2, axis=0).repeat(2, axis=1)
-
-
 @pytest.fixture
 def fake_model(monkeypatch):
     monkeypatch.delenv("SR_WEIGHTS_DIR", raising=False)
-    stage = SimpleNamespace(name="96", weights=SimpleNamespace(sha256="0" * 64))
-    loaded = SimpleNamespace(manifest=SimpleNamespace(name="fake", scale=2), stage=lambda: stage)
-    monkeypatch.setattr(quality, "Upscaler", FakeUpscaler)
-    monkeypatch.setattr(quality, "Bundle", SimpleNamespace(load=lambda model: loaded))
+    fake_upscaler.install(monkeypatch, quality, scale=2)
 
 
 @pytest.fixture

@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import json
 import zlib
-from types import SimpleNamespace
 
 import bundles
+import fake_upscaler
 import numpy as np
 import pytest
 from click.testing import CliRunner
@@ -18,31 +18,9 @@ from train.errors import RecipeError
 from train.recipe import DegradeConfig
 
 
-class FakeUpscaler:
-    """Gives each picture back as it came; stands in for a x1 model."""
-
-    scale = 1
-    info = {"backend": "fake", "engine": "fake 1", "device": "cpu", "precision": "fp32"}
-
-    def __init__(self, model=None, **options):
-        pass
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exception):
-        pass
-
-    def upscale(self, image):
-        return image.copy()
-
-
 @pytest.fixture
 def fake_model(monkeypatch):
-    stage = SimpleNamespace(name="96", weights=SimpleNamespace(sha256="0" * 64))
-    loaded = SimpleNamespace(manifest=SimpleNamespace(name="fake", scale=1), stage=lambda: stage)
-    monkeypatch.setattr(restoration, "Upscaler", FakeUpscaler)
-    monkeypatch.setattr(restoration, "Bundle", SimpleNamespace(load=lambda model: loaded))
+    fake_upscaler.install(monkeypatch, restoration, scale=1)
 
 
 @pytest.fixture

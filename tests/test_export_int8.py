@@ -269,15 +269,6 @@ def test_a_trained_model_loses_little_and_shrinks(tmp_path):
 # Measures
 
 
-def test_psnr_y_of_a_known_difference():
-    hr = np.full((20, 20, 3), 100, np.uint8)
-    grey = hr + np.uint8(2)  # Y rises by 2 * (65.481 + 128.553 + 24.966) / 255 = 1.71765
-    assert int8.psnr_y(grey, hr, shave=2) == pytest.approx(20 * np.log10(255 / 1.717647), abs=1e-4)
-    grey[0], grey[:, -2:] = 255, 255
-    assert int8.psnr_y(grey, hr, shave=2) == pytest.approx(43.4322, abs=1e-3)
-    assert int8.psnr_y(hr, hr, shave=2) == 100
-
-
 def test_the_yardstick_sees_what_is_lost():
     photograph = parity.read_pictures(None, largest=64)[0][1]
 

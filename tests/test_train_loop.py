@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -24,6 +25,7 @@ from train.loop import Progress, Settings, Trainer, phase_steps
 from train.models.perceptual_unet import RESNET18_FILE, PerceptualUNet
 from train.recipe import PhaseConfig, Recipe, StageConfig, load_recipe, recipe_from_dict
 from train.run_folder import load_run, read_log
+from train.validation import psnr_y
 
 TINY: dict[str, Any] = {
     "name": "tiny",
@@ -463,3 +465,11 @@ def test_random_weights_are_recorded(photo_folder: Path, tmp_path: Path, caplog:
     assert "squeezenet1_1 starts from random weights, as --weights random asks" in caplog.text
     trainer.train(stop=lambda: trainer.done_steps == 1)
     assert set(read_log(tmp_path)[0]["terms"]) == {"pixel", "features", "style"}
+
+
+def test_psnr_y_of_a_known_difference():
+    hr = np.full((20, 20, 3), 100, np.uint8)
+    grey = hr + np.uint8(2)  # Y rises by 2 * (65.481 + 128.553 + 24.966) / 255 = 1.71765
+    assert psnr_y(grey, hr, shave=2) == pytest.approx(20 * np.log10(255 / 1.717647), abs=1e-4)
+    grey[0], grey[:, -2:] = 255, 255
+    assert psnr_y(grey, hr, shave=2) == pytest.approx(43.4322, abs=1e-3)

@@ -15,8 +15,8 @@ from PIL import Image
 from train import pairs
 from train.degrade import degrade
 from train.errors import DataError, RecipeError, ResourceError
-from train.pairs import MARKER, degrade_command, match_pairs, read_pairs, recipe_for_task, write_pairs
-from train.recipe import DegradeConfig, load_recipe
+from train.pairs import MARKER, degrade_command, match_pairs, read_pairs, write_pairs
+from train.recipe import DegradeConfig
 
 MakePhoto = Callable[..., np.ndarray]
 NOISE = DegradeConfig(noise_probability=1.0, jpeg_probability=0.5)
@@ -303,8 +303,3 @@ def test_the_command_tells_mistakes_in_one_line(photo_folder: Path, tmp_path: Pa
         assert result.exit_code == 1 and "Traceback" not in result.output
         assert expected in result.output.splitlines()[-1]
         assert not (tmp_path / "out").exists()
-
-
-def test_a_recipe_without_a_task_is_itself() -> None:
-    assert recipe_for_task("fast", None) == load_recipe("fast")
-    assert recipe_for_task("fast", "x4").model.scales == (4,)

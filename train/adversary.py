@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from .atomic import replacing, write_json
-from .data import Photographs
+from .data import Photographs, to_tensor
 from .models.critics import build_critic
 from .recipe import AdversarialConfig, DegradeConfig
 
@@ -73,11 +73,7 @@ class SavedResults(Dataset[tuple[Tensor, Tensor]]):
         sr, hr = self.pairs[int(rng.integers(len(self.pairs)))]
         top, left = (int(rng.integers(0, side - self.size + 1)) for side in hr.shape[:2])
         window = np.s_[top : top + self.size, left : left + self.size]
-        return _to_tensor(sr[window]), _to_tensor(hr[window])
-
-
-def _to_tensor(picture: np.ndarray) -> Tensor:
-    return torch.from_numpy(picture.transpose(2, 0, 1).astype(np.float32) / 255)
+        return to_tensor(sr[window]), to_tensor(hr[window])
 
 
 def save_results(

@@ -25,7 +25,8 @@ import PIL
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from .atomic import write_json
-from .errors import DataError, ResourceError, TrainError
+from .commands import OneLineErrors
+from .errors import DataError, ResourceError
 
 LOG = logging.getLogger(__name__)
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
@@ -453,7 +454,7 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-@click.command("check")
+@click.command("check", cls=OneLineErrors)
 @click.argument("data", type=click.Path(path_type=Path))
 @click.option("--recipe", "recipe_name", default="fast", show_default=True, help="Its largest crop: smaller is tiny.")
 @click.option("--against", type=click.Path(path_type=Path), multiple=True, help="Folder that must not be trained on.")
@@ -468,21 +469,18 @@ def check_command(
     """
     from .recipe import load_recipe
 
-    try:
-        recipe = load_recipe(recipe_name)
-        with click.progressbar(length=0, label="decoding", file=sys.stderr) as bar:
-            report = check_data(
-                data,
-                smallest_side=max(stage.size for stage in recipe.stages),
-                validation_pictures=recipe.validation_pictures,
-                against=against,
-                processes=processes or min(8, usable_cores()),
-                progress=partial(show_bar, bar),
-            )
-        if json_path is not None:
-            write_json({"schema": 1, "kind": "check", **asdict(report)}, json_path)
-    except TrainError as exc:
-        raise click.ClickException(" ".join(str(exc).split())) from exc
+    recipe = load_recipe(recipe_name)
+    with click.progressbar(length=0, label="decoding", file=sys.stderr) as bar:
+        report = check_data(
+            data,
+            smallest_side=max(stage.size for stage in recipe.stages),
+            validation_pictures=recipe.validation_pictures,
+            against=against,
+            processes=processes or min(8, usable_cores()),
+            progress=partial(show_bar, bar),
+        )
+    if json_path is not None:
+        write_json({"schema": 1, "kind": "check", **asdict(report)}, json_path)
     click.echo(render(report))
     if not report.can_be_trained_on:
         raise SystemExit(1)

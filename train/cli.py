@@ -9,21 +9,19 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from .errors import TrainError
+from .commands import OneLineErrors
 
 if TYPE_CHECKING:
     from .loop import Progress, Trainer
     from .recipe import Recipe
 
-EXTRA = {"torch", "torchvision", "safetensors", "matplotlib", "tomli"}
 # Recipe -> what it is meant to go on from.
 NEEDS_INIT = {"fast-perceptual": "a run of fast", "fast-wide": "a run of fast", "srgan": "a run of srgan-mse"}
 # Word behind sr-train -> where its command is; every other first word is a folder to train on.
@@ -35,33 +33,16 @@ TOOLS = {
 }
 
 
-class _WithTools(click.Command):
-    """A command with a few others beside it, which ends with one line, not a traceback, on errors of ours."""
+class _WithTools(OneLineErrors):
+    """A command with a few others beside it."""
 
     def main(self, args: Sequence[str] | None = None, *rest: Any, **options: Any) -> Any:
         words = list(sys.argv[1:] if args is None else args)
         if words and words[0] in TOOLS:
             module, _, name = TOOLS[words[0]].partition(":")
-            with _one_line_errors():
-                tool: click.Command = getattr(importlib.import_module(module), name)
+            tool: click.Command = getattr(importlib.import_module(module), name)
             return tool.main(words[1:], **options | {"prog_name": f"sr-train {words[0]}"})
         return super().main(words, *rest, **options)
-
-    def invoke(self, ctx: click.Context) -> Any:
-        with _one_line_errors():
-            return super().invoke(ctx)
-
-
-@contextmanager
-def _one_line_errors() -> Iterator[None]:
-    try:
-        yield
-    except TrainError as exc:
-        raise click.ClickException(" ".join(str(exc).split())) from exc
-    except ModuleNotFoundError as exc:
-        if exc.name not in EXTRA:
-            raise
-        raise click.ClickException(f"{exc.name} is not installed: pip install 'sr-sdk[train]'") from exc
 
 
 @click.command(

@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from .atomic import write_json
+from .commands import OneLineErrors
 from .errors import CheckpointError, DataError, TrainError
 from .plots import Metric, number, printable, read_metrics, read_panel, write_comparison, write_sheet
 from .recipe import Recipe
@@ -238,11 +239,10 @@ def load_stage(run: Run) -> Network:
 def _predict(model: Network, lr: np.ndarray, scale: int) -> np.ndarray:
     import torch
 
+    from .validation import to_batch, to_picture
+
     with torch.inference_mode():
-        tensor = torch.from_numpy(np.ascontiguousarray(lr)).permute(2, 0, 1)[None].float() / 255
-        result = (model(tensor, scale)[0].clamp(0, 1) * 255).round().to(torch.uint8)
-    sr: np.ndarray = result.permute(1, 2, 0).numpy()  # (3, H, W) -> (H, W, 3)
-    return sr
+        return to_picture(model(to_batch(np.ascontiguousarray(lr), torch.device("cpu")), scale)[0])
 
 
 def _pairs_of_panel(runs: Sequence[Run]) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -279,14 +279,11 @@ def _pairs_of_data(data: Path, recipe: Recipe, *, grid: int) -> list[tuple[np.nd
     ]
 
 
-@click.command("compare")
+@click.command("compare", cls=OneLineErrors)
 @click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), default=Path("compare"), show_default=True, help="Folder.")
 @click.option("--data", type=click.Path(path_type=Path), help="Photographs for the predictions. Default: a panel's.")
 def compare_command(runs: tuple[Path, ...], out: Path, data: Path | None) -> None:
     """Compare the runs in the folders RUNS: a table, their validation curves, and the same pictures by each."""
-    try:
-        compare_runs(runs, out, data=data, show=click.echo)
-        click.echo(f"curves, predictions and table: {out}")
-    except TrainError as exc:
-        raise click.ClickException(" ".join(str(exc).split())) from exc
+    compare_runs(runs, out, data=data, show=click.echo)
+    click.echo(f"curves, predictions and table: {out}")

@@ -181,11 +181,12 @@ class CropPairs(Dataset[tuple[Tensor, Tensor]]):
         batch_rng = np.random.default_rng((*self.entropy, 2, index // self.stage.batch))
         scale = int(batch_rng.choice(self.scales))
         lr, hr = self.photographs.cut(order[place], size=self.stage.size, scale=scale, config=self.config, rng=rng)
-        return _to_tensor(lr), _to_tensor(hr)
+        return to_tensor(lr), to_tensor(hr)
 
 
-def _to_tensor(image: np.ndarray) -> Tensor:
-    return torch.from_numpy(image.transpose(2, 0, 1).astype(np.float32) / 255)  # (H, W, 3) -> (3, H, W)
+def to_tensor(image: np.ndarray) -> Tensor:
+    """(H, W, 3) uint8 -> (3, H, W) float32 in [0, 1]."""
+    return torch.from_numpy(image.transpose(2, 0, 1).astype(np.float32) / 255)
 
 
 def random_pair(

@@ -155,7 +155,8 @@ class Learner:
         try:
             lr = lr.to(self.device, memory_format=torch.channels_last, non_blocking=True)
             hr = hr.to(self.device, memory_format=torch.channels_last, non_blocking=True)
-            terms = self._descend(*self._losses(lr, hr))
+            loss, terms = self._losses(lr, hr)
+            terms = self._descend(loss, terms)
         except (torch.OutOfMemoryError, RuntimeError) as exc:
             if not _is_memory_error(exc):
                 raise
@@ -171,8 +172,8 @@ class Learner:
             self.adversary.take_turns(terms)
         return terms
 
-    def _losses(self, lr: Tensor, hr: Tensor) -> tuple[nn.Module, Tensor, dict[str, Tensor]]:
-        """Give the network that learns in this step, its loss and the terms of it."""
+    def _losses(self, lr: Tensor, hr: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Give the loss of the network that learns in this step, and its terms."""
         if self.phase.kind == "critic":
             return self._judge(lr, hr)
         scale = hr.shape[-1] // lr.shape[-1]
@@ -193,20 +194,21 @@ class Learner:
             assert self.adversary is not None, "the recipe was checked"
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
                 loss, terms = self.adversary.persuade(sr, loss, terms)
-        return self.model, loss, terms
+        return loss, terms
 
-    def _judge(self, sr: Tensor, hr: Tensor) -> tuple[nn.Module, Tensor, dict[str, Tensor]]:
+    def _judge(self, sr: Tensor, hr: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         assert self.adversary is not None, "the recipe was checked"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
-            return self.adversary.critic, *self.adversary.judge(sr, hr)
+            return self.adversary.judge(sr, hr)
 
-    def _descend(self, network: nn.Module, loss: Tensor, terms: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Take a step of one network's optimisers, with the mean gradient of all processes."""
-        network.zero_grad(set_to_none=True)
+    def _descend(self, loss: Tensor, terms: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Take a step of what the loss has a gradient for, with its mean over all processes."""
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
         loss.backward()
         told = {name: term.detach().clone() for name, term in terms.items()}
         loss = loss.detach().clone()
-        parameters = [parameter for parameter in network.parameters() if parameter.grad is not None]
+        parameters = [p for group in self.parameter_groups() for p in group["params"] if p.grad is not None]
         self.processes.average([loss, *told.values(), *(p.grad for p in parameters if p.grad is not None)])
         # Without a limit this only measures: the factor it multiplies with is then exactly 1.
         norm = nn.utils.clip_grad_norm_(parameters, self.recipe.optimizer.gradient_clip or math.inf)
@@ -215,10 +217,8 @@ class Learner:
                 self._skip(what, value)
                 return {}
         self.non_finite = 0
-        trained = {id(parameter) for parameter in parameters}
         for optimizer in self.optimizers:
-            if any(id(p) in trained for group in optimizer.param_groups for p in group["params"]):
-                optimizer.step()
+            optimizer.step()  # which leaves alone what has no gradient
         return told
 
     def _largest_fitting(self, lr: Tensor, hr: Tensor) -> int:
@@ -227,7 +227,7 @@ class Learner:
         while count:
             self.model.zero_grad(set_to_none=True)
             try:
-                self._losses(lr[:count], hr[:count])[1].backward()
+                self._losses(lr[:count], hr[:count])[0].backward()
                 return count * self.processes.count
             except (torch.OutOfMemoryError, RuntimeError) as exc:
                 if not _is_memory_error(exc):

@@ -42,7 +42,7 @@ from .pairs import read_pairs
 from .recipe import PhaseConfig, Recipe, StageConfig, differences, recipe_from_dict
 from .run_folder import append_log, cut_log, load_run, read_log, write_run
 from .schedule import schedule
-from .validation import to_picture, to_tensor, validate
+from .validation import to_batch, to_picture, validate
 
 LOG = logging.getLogger(__name__)
 KEPT_CHECKPOINTS = 2
@@ -340,7 +340,7 @@ class Trainer(Learner):
 
     @torch.no_grad()
     def _enlarge_picture(self, lr: np.ndarray, *, scale: int) -> np.ndarray:
-        return to_picture(self.enlarge(to_tensor(lr, self.device), scale)[0])
+        return to_picture(self.enlarge(to_batch(lr, self.device), scale)[0])
 
     def _check_finite(self, tensors: dict[str, Tensor]) -> None:
         wrong = [key for key, value in tensors.items() if not torch.isfinite(value).all()]

@@ -17,10 +17,10 @@ from PIL import Image
 
 from .atomic import replacing, write_json
 from .check import describe_fault, find_pictures, read_picture, show_bar
+from .commands import OneLineErrors
 from .degrade import degrade
-from .errors import DataError, RecipeError, ResourceError, TrainError
-from .recipe import DegradeConfig, Recipe, differences, load_recipe, recipe_from_dict
-from .tasks import load_task, merge
+from .errors import DataError, RecipeError, ResourceError
+from .recipe import DegradeConfig, differences, load_recipe
 
 if TYPE_CHECKING:
     from .data import PairedPhotographs
@@ -209,16 +209,7 @@ def _is_empty(items: Iterator[Path]) -> bool:
 # The command
 
 
-def recipe_for_task(recipe_name: str, task: str | None) -> Recipe:
-    """Read a recipe by name or file, with a task laid over it.
-
-    Raises: RecipeError for an unknown recipe or task.
-    """
-    recipe = load_recipe(recipe_name)
-    return recipe_from_dict(merge(asdict(recipe), load_task(task))) if task else recipe
-
-
-@click.command("degrade")
+@click.command("degrade", cls=OneLineErrors)
 @click.argument("hr_folder", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--recipe", "recipe_name", default="fast", show_default=True, help="Whose damages and scale are taken.")
@@ -232,17 +223,14 @@ def degrade_command(
 
     OUT is a new folder, or one that this command has begun: then it goes on.
     """
-    try:
-        recipe = recipe_for_task(recipe_name, task)
-        with click.progressbar(length=0, label="degrading", file=sys.stderr) as bar:
-            count = write_pairs(
-                hr_folder,
-                out,
-                config=recipe.degrade,
-                scale=scale or recipe.model.scales[0],
-                seed=recipe.seed if seed is None else seed,
-                progress=partial(show_bar, bar),
-            )
-    except TrainError as exc:
-        raise click.ClickException(" ".join(str(exc).split())) from exc
+    recipe = load_recipe(recipe_name, task=task)
+    with click.progressbar(length=0, label="degrading", file=sys.stderr) as bar:
+        count = write_pairs(
+            hr_folder,
+            out,
+            config=recipe.degrade,
+            scale=scale or recipe.model.scales[0],
+            seed=recipe.seed if seed is None else seed,
+            progress=partial(show_bar, bar),
+        )
     click.echo(f"{count} pairs in {out}")

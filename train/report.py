@@ -17,8 +17,8 @@ from PIL import Image
 from .atomic import replacing
 from .checkpoint import FACTS as STATE
 from .checkpoint import latest_checkpoint, stage_folder
+from .commands import OneLineErrors
 from .compare import as_text, flat
-from .errors import TrainError
 from .plots import GAIN, Metric, metric_svg, number, read_metrics, read_panel, stage_borders, validation_of
 from .recipe import Recipe, load_recipe, recipe_names
 from .report_page import Markup, breakable, element, facts, image, join, page, scrolling, table
@@ -332,12 +332,9 @@ def _text(value: Any) -> str:
     return NOT_KNOWN if value is None else as_text(value)
 
 
-@click.command("report")
+@click.command("report", cls=OneLineErrors)
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), help="The HTML file. Default: report.html in the run folder.")
 def report_command(run: Path, out: Path | None) -> None:
     """Write one HTML file about the run in folder RUN, finished or not."""
-    try:
-        click.echo(f"report: {write_report(run, out)}")
-    except TrainError as exc:
-        raise click.ClickException(" ".join(str(exc).split())) from exc
+    click.echo(f"report: {write_report(run, out)}")

@@ -50,8 +50,8 @@ def validate(
         rng = np.random.default_rng((seed, index))
         lr, hr = photographs.cut(index, size=size, scale=scale, config=config, rng=rng)
         with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-            result = model(to_tensor(lr, device), scale).float()
-        _, terms = loss(result, to_tensor(hr, device))
+            result = model(to_batch(lr, device), scale).float()
+        _, terms = loss(result, to_batch(hr, device))
         sr = to_picture(result[0])
         values = {name: float(term) for name, term in terms.items()}
         values |= {"psnr_y": psnr_y(sr, hr, shave=scale), "colour_drift": colour_drift(sr, hr)}
@@ -60,7 +60,7 @@ def validate(
     return Look({name: total / len(photographs) for name, total in sums.items()}, rows)
 
 
-def to_tensor(picture: np.ndarray, device: torch.device) -> Tensor:
+def to_batch(picture: np.ndarray, device: torch.device) -> Tensor:
     """(H, W, 3) uint8 -> (1, 3, H, W) float in [0, 1]."""
     return torch.from_numpy(picture).permute(2, 0, 1)[None].to(device).float() / 255
 

@@ -7,7 +7,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from sdk.errors import BackendError
 
-from ..errors import ExportError
+from ..errors import ExportError, printable
 from ..to_onnx import IR_VERSION, OPSET
 from .session import Session
 
@@ -63,7 +63,8 @@ def _raise_opset(model: onnx.ModelProto) -> onnx.ModelProto:
         raised = onnx.version_converter.convert_version(model, OPSET)
     except (RuntimeError, onnx.version_converter.ConvertError) as exc:
         raise ExportError(
-            f"opset {opset} cannot be brought to {OPSET} ({_words(exc)}): export the model with opset_version={OPSET}"
+            f"opset {opset} cannot be brought to {OPSET} ({printable(str(exc))[:200]}): export the model with "
+            f"opset_version={OPSET}"
         ) from exc
     for node in raised.graph.node:
         named = {attribute.name for attribute in node.attribute}
@@ -88,8 +89,8 @@ def _lower_opset(model: onnx.ModelProto) -> onnx.ModelProto:
         return onnx.version_converter.convert_version(model, OPSET)
     except (RuntimeError, onnx.version_converter.ConvertError) as exc:
         raise ExportError(
-            f"opset {opset} is above {OPSET} and cannot be brought to it ({_words(exc)}): export the model with "
-            f"opset_version={OPSET}"
+            f"opset {opset} is above {OPSET} and cannot be brought to it ({printable(str(exc))[:200]}): export the "
+            f"model with opset_version={OPSET}"
         ) from exc
 
 
@@ -124,8 +125,3 @@ def _name_constants(graph: onnx.GraphProto) -> None:
             nodes.append(node)
     del graph.node[:]
     graph.node.extend(nodes)
-
-
-def _words(exc: Exception) -> str:
-    text = " ".join(str(exc).split())[:200]
-    return "".join(character if character.isprintable() else " " for character in text)

@@ -11,6 +11,8 @@ from sdk.backends import thread_count
 from sdk.backends.onnxruntime import translate
 from sdk.errors import BackendError, BackendUnavailable, OutOfMemory
 
+from ..errors import printable
+
 TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(uint8)": np.uint8}
 
 
@@ -66,5 +68,5 @@ def run_values(model: onnx.ModelProto, names: Iterable[str], batch: np.ndarray) 
 
 def _printable(error: BackendError) -> BackendError:
     """Copy an error without what is not printable: names in a foreign file may hold orders to the terminal."""
-    text = "".join(character if character.isprintable() else " " for character in str(error))
+    text = printable(str(error))
     return OutOfMemory(text) if isinstance(error, OutOfMemory) else BackendError(text)

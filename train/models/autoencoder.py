@@ -3,29 +3,10 @@
 from __future__ import annotations
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from .icnr import zero_bias_
+from .convolutions import ConvolutionPair, kaiming_convolution
 from .interpolated import InterpolatedNetwork
-
-
-def _convolution(inputs: int, outputs: int) -> nn.Conv2d:
-    conv = nn.Conv2d(inputs, outputs, 3, padding=1)
-    nn.init.kaiming_normal_(conv.weight)
-    zero_bias_(conv)
-    return conv
-
-
-class ConvolutionPair(nn.Module):
-    """Two 3x3 convolutions with ReLU: (N, inputs, h, w) -> (N, outputs, h, w)."""
-
-    def __init__(self, inputs: int, outputs: int):
-        super().__init__()
-        self.conv1 = _convolution(inputs, outputs)
-        self.conv2 = _convolution(outputs, outputs)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.conv2(F.relu(self.conv1(x))))
 
 
 class AutoEncoder(InterpolatedNetwork):
@@ -42,10 +23,10 @@ class AutoEncoder(InterpolatedNetwork):
         c = channels
         self.encoder1 = ConvolutionPair(3, c)
         self.encoder2 = ConvolutionPair(c, c * 2)
-        self.bottom = _convolution(c * 2, c * 4)
+        self.bottom = kaiming_convolution(c * 2, c * 4, 3)
         self.decoder2 = ConvolutionPair(c * 4, c * 2)
         self.decoder1 = ConvolutionPair(c * 2, c)
-        self.last = _convolution(c, 3)
+        self.last = kaiming_convolution(c, 3, 3)
 
     def forward(self, lr: Tensor, scale: int) -> Tensor:
         level1 = self.encoder1(self.interpolate(lr, scale))

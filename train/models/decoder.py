@@ -13,16 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
+from .convolutions import kaiming_convolution
 from .icnr import icnr_, nearest_, zero_bias_
 from .interpolated import enlarge
 
 
 def convolution(inputs: int, outputs: int, size: int) -> nn.Module:
     """Make a weight-normed convolution with Kaiming init; g holds one gain for each output channel."""
-    conv = nn.Conv2d(inputs, outputs, size, padding=size // 2)
-    nn.init.kaiming_normal_(conv.weight)
-    zero_bias_(conv)
-    return weight_norm(conv)
+    return weight_norm(kaiming_convolution(inputs, outputs, size))
 
 
 def blurred(x: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..feature_nets import Normalise, load_weights
+from .convolutions import kaiming_convolution
 from .encoders import BACKBONES
 from .folding import merged
 from .icnr import zero_bias_
@@ -18,20 +19,13 @@ from .interpolated import InterpolatedNetwork, enlarge
 STEM_CHANNELS = 64
 
 
-def _convolution(inputs: int, outputs: int, size: int) -> nn.Conv2d:
-    conv = nn.Conv2d(inputs, outputs, size, padding=size // 2)
-    nn.init.kaiming_normal_(conv.weight)
-    zero_bias_(conv)
-    return conv
-
-
 class LeakyBlock(nn.Module):
     """Two 3x3 convolutions with a leaky ReLU between, added to their input; no normalisation."""
 
     def __init__(self, channels: int):
         super().__init__()
-        self.conv1 = _convolution(channels, channels, 3)
-        self.conv2 = _convolution(channels, channels, 3)
+        self.conv1 = kaiming_convolution(channels, channels, 3)
+        self.conv2 = kaiming_convolution(channels, channels, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.conv2(F.leaky_relu(self.conv1(x)))
@@ -56,12 +50,12 @@ class ResNetResidual(InterpolatedNetwork):
         self.normalise = Normalise()
         self.stem: nn.Module = nn.Sequential(OrderedDict(conv1=resnet.conv1, bn1=resnet.bn1))
         self.stem.requires_grad_(False)
-        self.reduce1 = _convolution(c, c, 1)
+        self.reduce1 = kaiming_convolution(c, c, 1)
         self.block1 = LeakyBlock(c)
-        self.reduce2 = _convolution(c * 2, c, 1)
+        self.reduce2 = kaiming_convolution(c * 2, c, 1)
         self.block2 = LeakyBlock(c)
         self.block3 = LeakyBlock(c)
-        self.widen = _convolution(c + 3, c * 2, 1)
+        self.widen = kaiming_convolution(c + 3, c * 2, 1)
         self.block4 = LeakyBlock(c * 2)
         self.last = nn.Conv2d(c * 2, 3, 1)
         nn.init.zeros_(self.last.weight)  # training starts from plain interpolation

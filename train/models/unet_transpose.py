@@ -6,23 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .convolutions import ConvolutionPair
 from .icnr import zero_bias_
 from .interpolated import InterpolatedNetwork
-
-
-class DoubleConvolution(nn.Module):
-    """Two 3x3 convolutions with ReLU, no normalisation: (N, inputs, h, w) -> (N, outputs, h, w)."""
-
-    def __init__(self, inputs: int, outputs: int):
-        super().__init__()
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, padding=1)
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1)
-        for conv in (self.conv1, self.conv2):
-            nn.init.kaiming_normal_(conv.weight)
-            zero_bias_(conv)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.conv2(F.relu(self.conv1(x))))
 
 
 class TransposeUNet(InterpolatedNetwork):
@@ -37,10 +23,10 @@ class TransposeUNet(InterpolatedNetwork):
     def __init__(self, scales: tuple[int, ...] = (2,), *, channels: int = 64, levels: int = 4):
         super().__init__(scales, grid=2 ** (levels - 1))
         widths = [channels * 2**level for level in range(levels)]
-        self.down = nn.ModuleList(DoubleConvolution(i, o) for i, o in zip([3, *widths], widths))
+        self.down = nn.ModuleList(ConvolutionPair(i, o) for i, o in zip([3, *widths], widths))
         above = list(reversed(widths[:-1]))
         self.enlarge = nn.ModuleList(nn.ConvTranspose2d(width * 2, width, 2, stride=2) for width in above)
-        self.up = nn.ModuleList(DoubleConvolution(width * 2, width) for width in above)
+        self.up = nn.ModuleList(ConvolutionPair(width * 2, width) for width in above)
         self.last = nn.Conv2d(channels, 3, 1)
         nn.init.zeros_(self.last.weight)  # training starts from plain interpolation
         zero_bias_(self.last)
