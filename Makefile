@@ -9,7 +9,7 @@ demo: .venv/demo/.installed
 	$(DEMO)/python -m benchmarks.demo
 
 test: .venv/dev/.installed
-	$(DEV)/python -m pytest
+	OMP_NUM_THREADS=1 $(DEV)/python -m pytest -n 2 --dist loadfile
 
 lint: .venv/dev/.installed
 	$(DEV)/ruff check .

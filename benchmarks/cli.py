@@ -20,6 +20,7 @@ from .cores import limit_threads
 from .report import render
 from .restoration import restoration_command
 from .result import check_writable, write_json
+from .train import train_command
 
 SIDES = range(16, 8193)
 DEFAULT_SIZES = ((256, 256), (512, 512))
@@ -48,6 +49,7 @@ def main() -> None:
 
 
 main.add_command(restoration_command)
+main.add_command(train_command)
 
 
 @main.command()

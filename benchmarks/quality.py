@@ -15,7 +15,7 @@ from PIL import Image
 from sdk import Bundle, ImageError, Upscaler
 
 from .lpips_like import LpipsLike, LpipsUnavailable
-from .metrics import WINDOW, colour_drift, luma, psnr, ssim
+from .metrics import WINDOW, colour_drift, grid_excess, luma, psnr, ssim
 from .pictures import BICUBIC, BILINEAR, enlarge, find_pictures, read_picture
 from .result import model_facts, result_head
 
@@ -24,7 +24,9 @@ PROTOCOL = (
     "SSIM-Y: on Y (BT.601 limited range, unrounded) with `scale` pixels shaved off each side; PSNR ends at 100 dB; "
     "SSIM with an 11x11 Gaussian of sigma 1.5, valid positions, K1 0.01, K2 0.03, L 255. LPIPS-like (SqueezeNet): "
     "the LPIPS v0.1 form on whole RGB pictures; not LPIPS, whose SqueezeNet weights may differ. Colour drift: the "
-    "largest difference of a channel's mean, in 8-bit code values. Every figure of a set is the mean over its pictures."
+    "largest difference of a channel's mean, in 8-bit code values. Grid: by how many dB a grid of period 4 or 2 lifts "
+    "the spectrum of Y above the original's there (benchmarks/metrics.py). Every figure of a set is the mean over its "
+    "pictures."
 )
 
 Method = Callable[[np.ndarray], np.ndarray]
@@ -129,7 +131,7 @@ def score(sr: np.ndarray, hr: np.ndarray, *, scale: int, distance: Distance | No
     scores = {"psnr_y_db": psnr(y_sr, y_hr), "ssim_y": ssim(y_sr, y_hr)}
     if distance is not None:
         scores["lpips_like"] = distance(sr, hr)
-    return scores | {"colour_drift": colour_drift(sr, hr)}
+    return scores | {"colour_drift": colour_drift(sr, hr), "grid_db": grid_excess(y_sr, y_hr)}
 
 
 def _means(pictures: Sequence[Mapping[str, Any]]) -> dict[str, float]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .report import measured
+from .restoration import COLUMNS as RESTORATION_COLUMNS
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -33,19 +34,64 @@ def fill_tables(text: str, results: Path = RESULTS) -> str:
     return BLOCK.sub(fill, text)
 
 
+# PSNR-Y in dB as published, by scale, method and test set; collected in the papers of EDSR and SwinIR.
+PUBLISHED = {
+    2: {
+        "SRCNN": {"Set5": 36.66, "Set14": 32.42, "BSD100": 31.36},
+        "FSRCNN": {"Set5": 37.00, "Set14": 32.63, "BSD100": 31.53},
+        "VDSR": {"Set5": 37.53, "Set14": 33.03, "BSD100": 31.90},
+        "EDSR": {"Set5": 38.11, "Set14": 33.92, "BSD100": 32.32},
+        "SwinIR": {"Set5": 38.42, "Set14": 34.46, "BSD100": 32.53},
+    },
+    4: {
+        "SRCNN": {"Set5": 30.48, "Set14": 27.50, "BSD100": 26.90},
+        "FSRCNN": {"Set5": 30.72, "Set14": 27.61, "BSD100": 26.98},
+        "VDSR": {"Set5": 31.35, "Set14": 28.01, "BSD100": 27.29},
+        "EDSR": {"Set5": 32.46, "Set14": 28.80, "BSD100": 27.71},
+        "SwinIR": {"Set5": 32.92, "Set14": 29.09, "BSD100": 27.92},
+    },
+}
+
+
 def _quality(result: dict[str, Any]) -> str:
-    methods = list(dict.fromkeys(row["method"] for row in result["rows"]))
-    datasets = list(dict.fromkeys(row["dataset"] for row in result["rows"]))
-    cells = {(row["dataset"], row["method"]): row["means"] for row in result["rows"]}
-    rows = []
-    for method in sorted(methods, key=lambda name: cells[datasets[0], name]["psnr_y_db"]):
-        row = [method]
+    scales = dict.fromkeys(row["scale"] for row in result["rows"])
+    return "\n".join(_quality_at(scale, result) for scale in scales) + _machine(result)
+
+
+def _quality_at(scale: int, result: dict[str, Any]) -> str:
+    """Table of one scale: a row for each method, the nearest to the originals last; published ones have their PSNR."""
+    rows = [row for row in result["rows"] if row["scale"] == scale]
+    datasets = list(dict.fromkeys(row["dataset"] for row in rows))
+    costs = {model["method"]: model for model in result["models"]}
+    means: dict[str, dict[str, dict[str, float]]] = {
+        f"*{name}*": {dataset: {"psnr_y_db": figures[dataset]} for dataset in datasets if dataset in figures}
+        for name, figures in PUBLISHED.get(scale, {}).items()
+    }
+    for row in rows:
+        means.setdefault(row["method"], {})[row["dataset"]] = row["means"]
+    lines = []
+    for method, sets in sorted(means.items(), key=lambda item: min(each["psnr_y_db"] for each in item[1].values())):
+        cost = costs.get(method, {})
+        line = [method, _figure(cost.get("parameters"), ",.0f"), _figure(cost.get("kmac_per_pixel"), ".0f")]
         for dataset in datasets:
-            means = cells[dataset, method]
-            row += [f"{means['psnr_y_db']:.2f}", f"{means['ssim_y']:.4f}", f"{means['lpips_like']:.4f}"]
-        rows.append(row)
-    headings = ["x2"] + [f"{dataset} {figure}" for dataset in datasets for figure in ("PSNR-Y", "SSIM-Y", "LPIPS-like")]
-    return _table(headings, rows) + _machine(result)
+            found = sets.get(dataset, {})
+            line += [_figure(found.get(key), form) for key, (_, form) in QUALITY_COLUMNS.items()]
+        for key in ("colour_drift", "grid_db"):  # the worst test set
+            found_values = [each[key] for each in sets.values() if key in each]
+            line.append(_figure(max(found_values, default=None), ".2f"))
+        lines.append(line)
+    headings = [f"x{scale}", "parameters", "kMAC/px"]
+    headings += [f"{dataset} {heading}" for dataset in datasets for heading, _ in QUALITY_COLUMNS.values()]
+    return _table([*headings, "colour drift", "grid dB"], lines)
+
+
+QUALITY_COLUMNS = {
+    "psnr_y_db": ("PSNR-Y", ".2f"), "ssim_y": ("SSIM-Y", ".4f"), "lpips_like": ("LPIPS-like", ".4f")
+}  # fmt: skip
+
+
+def _figure(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
 
 
 # Heading and decimals of each figure; those that no row has are left out.
@@ -77,8 +123,28 @@ def _runtime(result: dict[str, Any]) -> str:
     return _table(["figure", "case", "measured", "target"], rows) + _machine(result)
 
 
+def _restoration(result: dict[str, Any]) -> str:
+    rows = [
+        [f"{row['dataset']} x{row['scale']}", row["task"], row["method"]]
+        + [_figure(row["means"][key], ".2f") for key in RESTORATION_COLUMNS]
+        for row in result["rows"]
+    ]
+    return _table(["test set", "task", "model", *RESTORATION_COLUMNS.values()], rows) + _machine(result)
+
+
+def _train(result: dict[str, Any]) -> str:
+    rows = []
+    for row in result["rows"]:
+        cells = [f"{row[f'{part}_images_per_s']['median']:.1f}" for part in ("loop", "step", "forward_backward")]
+        shares = [row[f"share_of_{part}"] for part in ("step", "forward_backward")]
+        cells += ["{median:.2f} ({min:.2f} to {max:.2f})".format(**share) for share in shares]
+        rows.append([f"{result['recipe']}, {row['batch']} of {row['size']}x{row['size']}", *cells])
+    headings = ["recipe, batch", "images/s", "step alone", "forward and backward alone", "share of step"]
+    return _table([*headings, "share of forward and backward"], rows) + _machine(result)
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
-    "quality": _quality, "latency": _latency, "runtime": _runtime,
+    "quality": _quality, "latency": _latency, "runtime": _runtime, "restoration": _restoration, "train": _train,
 }  # fmt: skip
 
 

@@ -26,6 +26,7 @@ QUALITY_COLUMNS = {
     "ssim_y": ("SSIM-Y", 4),
     "lpips_like": (LABEL, 4),
     "colour_drift": ("colour drift", 3),
+    "grid_db": ("grid dB", 2),
 }
 
 

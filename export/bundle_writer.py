@@ -18,22 +18,25 @@ from torch.nn.utils import parametrize
 
 from sdk.backends import Request, open_backend
 from sdk.backends.onnxruntime import OnnxRuntimeBackend
-from sdk.bundle import FORMAT, MANIFEST, VERSION, Bundle, Graph, HaloRow, Manifest, Parity, Stage, hash_file
+from sdk.bundle import FORMAT, MANIFEST, VERSION, Bundle, Graph, Manifest, Parity, Stage, hash_file
 from sdk.errors import BackendUnavailable
-from train.checkpoint import load_checkpoint, stage_folder
+from train.checkpoint import stage_folder
 from train.errors import TrainError
-from train.feature_nets import RANDOM_WEIGHTS
-from train.models import Network, build_model
+from train.models import Network
+from train.models.decoder import SelfAttention
 from train.recipe import Recipe
 from train.run_folder import load_run
+from train.stages import load_network
 
 from . import int8, verify
+from .cost import measure_cost
 from .errors import ExportError
 from .folders import new_folder, refuse_existing
 from .parity import MAX_FLOAT_ERROR, MIN_PSNR_DB, Difference, check_parity, compare, on_grid, read_pictures
 from .precision import find_islands, in_half, round_weights
 from .to_onnx import OPSET, WeightsFile, quiet, trace
 
+WHOLE_SIDE = 512  # LR pixels: for pictures that are never cut, where memory grows with the square of the pixels
 ENGINES = (("onnxruntime", "fp32"), ("openvino", "fp32"), ("openvino", "bf16"))
 INT8_ENGINES = (("onnxruntime", "int8"), ("openvino", "int8"))
 NOTICE = (
@@ -161,6 +164,7 @@ def _write_bundle(sources: Sequence[Source], out: Path, options: Options, *, sca
         for source in sources:
             report(f"stage {source.name}: loading")
             network, facts = source.load()
+            facts = facts | measure_cost(network, scale)
             stages.append(_export_stage(source, network, folder, options, scale=scale, report=report))
         training = facts | ({"figures": options.figures} if options.figures else {})
         manifest = Manifest(
@@ -176,15 +180,13 @@ def _write_bundle(sources: Sequence[Source], out: Path, options: Options, *, sca
 def _load_stage(run: Path, recipe: Recipe, stage: str, incomplete: bool) -> tuple[Network, dict[str, Any]]:
     """Build a stage's network with its trained weights."""
     try:
-        checkpoint = load_checkpoint(stage_folder(run, stage))
         with quiet("train.feature_nets"):  # its weights are random for a moment only
-            network = build_model(recipe.model, weights=RANDOM_WEIGHTS)
-        network.load_state_dict(checkpoint.group("model"))
-    except (TrainError, RuntimeError) as exc:
-        raise ExportError(f"{run}, stage {stage}: {exc}") from exc
-    if not (checkpoint.facts.get("complete", True) or incomplete):
+            network, facts = load_network(run, recipe, stage)
+    except TrainError as exc:
+        raise ExportError(str(exc)) from exc
+    if not (facts.get("complete", True) or incomplete):
         raise ExportError(f"{run}, stage {stage}: stopped by --max-steps; finish it, or export it with --incomplete")
-    return network, checkpoint.facts
+    return network, facts
 
 
 def _deploy(network: Network) -> None:
@@ -216,12 +218,17 @@ def _export_stage(
     if options.int8 is not None:
         graphs.append(_quantise(work, options.int8, source=graphs[0]))
     model = onnx.load(folder / graphs[0].file.name, load_external_data=False)
+    is_tileable = not any(isinstance(module, SelfAttention) for module in network.modules())
+    window = (8 if is_tileable else -(-WHOLE_SIDE // work.stride)) * work.stride
     draft = Stage(
         name=work.name, training_size=source.training_size, opset=OPSET, stride=work.stride,
-        activation_bytes=verify.activation_bytes(model, window=8 * work.stride),
-        weights=hash_file(folder / weights.name), graphs=tuple(graphs), halo=(HaloRow(0, 0.0),), parity=(),
+        activation_bytes=verify.activation_bytes(model, window=window),
+        weights=hash_file(folder / weights.name), graphs=tuple(graphs), halo=(), parity=(),
     )  # fmt: skip
     rows += _check_engines(work, draft)
+    if not is_tileable:
+        report(f"stage {work.name}: looks at the whole picture, so that the SDK runs each in one piece")
+        return replace(draft, parity=tuple(rows))
     report(f"stage {work.name}: measuring the halo")
     with closing(open_backend("onnxruntime", Request(folder, draft, scale, "uint8", "cpu", "fp32"))) as backend:
         pictures = [picture for _, picture in read_pictures(options.pictures, largest=verify.MAX_SIDE)]

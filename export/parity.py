@@ -68,7 +68,7 @@ def read_pictures(folder: Path | None, *, largest: int) -> list[tuple[str, np.nd
     for path in paths:
         array = read_rgb(path)
         top, left = (max(0, (side - largest) // 2) for side in array.shape[:2])
-        result.append((path.name, np.ascontiguousarray(array[top : top + largest, left : left + largest])))
+        result.append((path.name, array[top : top + largest, left : left + largest].copy()))
     return result
 
 

@@ -78,7 +78,8 @@ class Stage:
 
     stride: LR pixels; tiles start and end on this grid.
     activation_bytes: peak memory of the fp32 graph's activations for each LR pixel of a window.
-    halo: measured, rising context. parity: measured at export, for the precisions that the exporting machine has.
+    halo: measured, rising context; none if each pixel depends on the whole picture, which therefore is never cut.
+    parity: measured at export, for the precisions that the exporting machine has.
     """
 
     name: str
@@ -120,6 +121,8 @@ class Stage:
 
         Raises: BundleError if none is that exact.
         """
+        if not self.halo:
+            raise BundleError(f"stage {self.name}: looks at the whole picture, so that it cannot run in tiles")
         for row in self.halo:
             if row.error <= error:
                 return row.context
@@ -307,7 +310,6 @@ def _check_manifest(manifest: Manifest, where: str) -> None:
         require(1 <= stage.stride <= 1024, f"stage {stage.name}: stride {stage.stride} is not in 1..1024")
         require(0 < stage.activation_bytes < 1 << 32, f"stage {stage.name}: activation_bytes out of range")
         require(len(stage.graphs) > 0, f"stage {stage.name}: no graphs")
-        require(len(stage.halo) > 0, f"stage {stage.name}: no halo table")
         contexts = [row.context for row in stage.halo]
         require(contexts == sorted(set(contexts)), f"stage {stage.name}: halo contexts do not rise")
         require(

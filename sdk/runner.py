@@ -19,6 +19,7 @@ from .stats import Meter
 
 LOG = logging.getLogger(__name__)
 MANY = 1000  # runs that `warm` makes ready for
+MAX_HALO = 1 << 16  # as if all of a picture were halo: one that is never cut may take all the memory there is
 DARK = 8  # a mean code value: what is darker may well come out black
 # Of the rows of a picture that are held at once, besides its canvas; what windows are kept low for.
 ROWS_BYTES = 512 << 20
@@ -53,7 +54,7 @@ class Runner:
             overlap.smallest_window**2,
             memory.window_pixels(
                 self.stage.activation_bytes,
-                halo=overlap.halo,
+                halo=overlap.halo if self.stage.halo else MAX_HALO,
                 batch=self.batch,
                 limit_mib=memory_mib,
                 device_free=main.free_bytes(),
@@ -95,7 +96,12 @@ class Runner:
                 backend.close()
 
     def plan(self, size: tuple[int, int], dtype: np.dtype, tile: int | None = None) -> tiling.Plan:
-        """Cut a picture of (height, width): as few pixels run twice as memory lets, or tiles of a side."""
+        """Cut a picture of (height, width): as few pixels run twice as memory lets, or tiles of a side.
+
+        Raises: OptionError or OutOfMemory if it would be cut, and the network looks at the whole picture.
+        """
+        if not self.stage.halo:
+            return self._whole(size, tile)
         if tile is not None:
             side = tiling.round_up(tile, self.stage.stride) + self.overlap.width
             longest = self.backends["uint8"].max_side
@@ -115,6 +121,20 @@ class Runner:
             max_side=self.backends["uint8"].max_side,
         )
         return tiling.plan(size, window=window, overlap=self.overlap)
+
+    def _whole(self, size: tuple[int, int], tile: int | None) -> tiling.Plan:
+        """Plan a picture in one piece."""
+        height, width = (tiling.round_up(side, self.stage.stride) for side in size)
+        longest = min(self.backends["uint8"].max_side or sys.maxsize, tile or sys.maxsize)
+        where = f"stage {self.stage.name!r} looks at the whole picture, so that this one of {size[1]}x{size[0]} pixels"
+        if max(size) > longest:
+            raise OptionError(f"{where} cannot be cut into pieces of {longest}: leave tile away, or take a smaller one")
+        if height * width > self.window_pixels:
+            raise OutOfMemory(
+                f"{where} must fit into memory in one piece, and {self.window_pixels} pixels do: take a smaller "
+                "picture, another stage or model, or raise memory_mib"
+            )
+        return tiling.plan(size, window=(height, width), overlap=self.overlap)
 
     def enlarge(
         self,
@@ -254,9 +274,12 @@ class Runner:
         return np.concatenate([self._run(half, meter) for half in halves])
 
     def _shrink(self, count: int, window_pixels: int) -> bool:
-        """After a lack of memory, halve the batch, or else the windows, of what follows; False if both are least."""
+        """After a lack of memory, halve the batch, or else the windows, of what follows.
+
+        Returns: False if both are least, or windows must not be cut.
+        """
         smallest = self.overlap.smallest_window**2
-        if count == 1 and window_pixels <= smallest:
+        if count == 1 and (window_pixels <= smallest or not self.stage.halo):
             return False
         with self._lock:
             if count > 1:

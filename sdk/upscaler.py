@@ -74,9 +74,9 @@ class Upscaler:
         self._stats = Stats()
         chosen = self._bundle.stage(stage)
         overlap = tiling.Overlap(
-            halo=chosen.context(error=SEAMS[seams]),
+            halo=chosen.context(error=SEAMS[seams]) if chosen.halo else 0,
             stride=chosen.stride,
-            fade=tiling.fade_width(chosen.stride) if seams == "fast" else 0,
+            fade=tiling.fade_width(chosen.stride) if seams == "fast" and chosen.halo else 0,
         )
         request = Request(self._bundle.folder, chosen, self.scale, "uint8", device, precision)
         self._runner = Runner(backend, request, overlap=overlap, batch=wanted_batch, memory_mib=wanted_mib)

@@ -12,7 +12,8 @@ import pytest
 def install(monkeypatch: pytest.MonkeyPatch, module: ModuleType, *, scale: int) -> None:
     """Let a benchmark find a model "fake" of a scale, whatever it is asked for."""
     stage = SimpleNamespace(name="96", weights=SimpleNamespace(sha256="0" * 64))
-    loaded = SimpleNamespace(manifest=SimpleNamespace(name="fake", scale=scale), stage=lambda: stage)
+    manifest = SimpleNamespace(name="fake", scale=scale, training={"parameters": 7})
+    loaded = SimpleNamespace(manifest=manifest, stage=lambda: stage)
     monkeypatch.setattr(module, "Upscaler", lambda model=None, **options: FakeUpscaler(scale))
     monkeypatch.setattr(module, "Bundle", SimpleNamespace(load=lambda model: loaded))
 

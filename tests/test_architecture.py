@@ -58,7 +58,7 @@ def test_folders_import_only_what_the_architecture_allows(folder):
 
 
 def test_export_takes_only_documented_parts_of_training():
-    allowed = {"checkpoint", "errors", "feature_nets", "models", "recipe", "run_folder", "validation"}
+    allowed = {"checkpoint", "errors", "feature_nets", "models", "recipe", "run_folder", "stages", "validation"}
     for path in sources("export"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("train"):

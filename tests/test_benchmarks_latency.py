@@ -45,7 +45,7 @@ class FakeUpscaler:
 @pytest.fixture
 def fake_model(monkeypatch):
     stage = SimpleNamespace(name="96", weights=SimpleNamespace(sha256="0" * 64))
-    manifest = SimpleNamespace(name="fake", scale=2, training={})
+    manifest = SimpleNamespace(name="fake", scale=2, training={"parameters": 7})
     loaded = SimpleNamespace(manifest=manifest, stage=lambda: stage)
     monkeypatch.setattr(latency, "Upscaler", FakeUpscaler)
     monkeypatch.setattr(latency, "Bundle", SimpleNamespace(load=lambda model: loaded))
@@ -175,7 +175,9 @@ def test_cli_writes_json_and_a_table(fake_model, tmp_path):
     assert result.exit_code == 0, result.output
     written = json.loads(out.read_text())
     assert (written["schema"], written["kind"], written["repeats"]) == (1, "latency", 2)
-    assert written["model"] == {"name": "fake", "scale": 2, "stage": "96", "weights_sha256": "0" * 64}
+    assert written["model"] == {
+        "name": "fake", "scale": 2, "stage": "96", "weights_sha256": "0" * 64, "parameters": 7, "kmac_per_pixel": None,
+    }  # fmt: skip
     assert written["torch_weights"].startswith("random")
     assert [row["size"] for row in written["rows"]] == [[16, 24], [16, 24], [32, 32], [32, 32]]
     assert [row["contestant"] for row in written["rows"][:2]] == ["bilinear", "onnxruntime fp32"]

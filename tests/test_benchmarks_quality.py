@@ -115,6 +115,23 @@ def test_score_ignores_the_shaved_border():
     assert quality.score(sr, hr, scale=1)["psnr_y_db"] < 40
 
 
+def test_grid_excess_sees_a_faint_grid_and_nothing_else():
+    hr = metrics.luma(draw_picture((192, 160)))
+    noise = np.random.default_rng(1).normal(0, 2, hr.shape)
+    hr = hr + noise
+    assert metrics.grid_excess(hr, hr) == 0
+    blurred = (hr + np.roll(hr, 1, axis=1)) / 2
+    assert metrics.grid_excess(blurred, hr) < 0.7
+    for period, decibels in ((2, 3.0), (4, 1.0)):
+        striped = hr.copy()
+        striped[:, ::period] += 1
+        assert metrics.grid_excess(striped, hr) > decibels
+    third = hr.copy()
+    third[:, ::3] += 1
+    assert metrics.grid_excess(third, hr) < 0.3
+    assert metrics.grid_excess(np.zeros((15, 9)), np.zeros((15, 9))) == 0
+
+
 def test_evaluate_means_are_those_of_the_pictures(pictures):
     rows = quality.evaluate(pictures, scale=2, methods=quality.interpolations(2))
     assert [(row["dataset"], row["scale"], row["method"]) for row in rows] == [

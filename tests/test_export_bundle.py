@@ -18,13 +18,14 @@ from click.testing import CliRunner
 from export import bundle_writer, parity, verify
 from export.bundle_writer import Options, export_network, export_run
 from export.cli import main
+from export.cost import measure_cost
 from export.errors import ExportError
 from export.precision import find_islands, in_half, round_weights
 from export.to_onnx import IR_VERSION, OPSET, DeployGraph, WeightsFile, trace
 from sdk import Bundle, BundleError, Upscaler
 from train.checkpoint import Checkpoint, save_checkpoint, stage_folder
 from train.models import Network, build_model
-from train.recipe import recipe_from_dict
+from train.recipe import load_recipe, recipe_from_dict
 from train.run_folder import write_run
 
 RECIPE = {
@@ -353,9 +354,18 @@ def test_a_network_of_no_run_is_exported(tmp_path):
     picture = np.random.default_rng(0).integers(0, 256, (16, 24, 3), dtype=np.uint8)
     expected = verify.run_torch(network, picture[None], scale=2)[0]
     manifest = export_network(network, tmp_path / "b", Options(), stage="a", training_size=0, facts={"by": "hand"})
-    assert manifest.training == {"by": "hand"} and [stage.name for stage in manifest.stages] == ["a"]
+    parameters = sum(parameter.numel() for parameter in NormedNetwork().parameters())
+    assert (manifest.training["by"], manifest.training["parameters"]) == ("hand", parameters)
+    assert [stage.name for stage in manifest.stages] == ["a"]
     with Upscaler(tmp_path / "b", backend="onnxruntime") as upscaler:
         assert parity.compare(upscaler.upscale(picture), expected).max_error <= 1
+
+
+def test_what_a_network_costs_is_counted_as_published():
+    wide = build_model(load_recipe("fast-wide").model, weights="random")
+    assert measure_cost(wide, 2) == {"parameters": 3_697_536, "kmac_per_pixel": 33.88}
+    perceptual = build_model(load_recipe("perceptual-unet").model, weights="random")
+    assert measure_cost(perceptual, 2) == {"parameters": 41_229_213, "kmac_per_pixel": 479.36}  # SEEDS A
 
 
 def test_a_folded_network_is_not_folded_again():

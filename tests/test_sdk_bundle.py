@@ -230,7 +230,7 @@ def test_unknown_fields_are_refused_everywhere(tmp_path: Path) -> None:
         (("channels",), 1), (("input_layout",), "NCHW"), (("output_layout",), "NCHW"), (("stages",), []),
         (("stages", 0, "stride"), 0), (("stages", 0, "stride"), -8), (("stages", 0, "stride"), 4096),
         (("stages", 0, "activation_bytes"), 0), (("stages", 0, "activation_bytes"), 1 << 40),
-        (("stages", 0, "graphs"), []), (("stages", 0, "halo"), []),
+        (("stages", 0, "graphs"), []),
         (("stages", 0, "halo", 1, "context"), 12), (("stages", 0, "halo", 1, "context"), 0),
         (("stages", 0, "halo", 1, "context"), -8), (("stages", 0, "halo", 1, "context"), 8 << 20),
         (("stages", 0, "halo", 1, "error"), -1), (("stages", 0, "halo", 1, "error"), 10**400),

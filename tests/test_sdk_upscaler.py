@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 import os
+import shutil
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import bundles
@@ -607,3 +609,46 @@ def test_bound_alpha() -> None:
     enlarged = np.array([[3, 3, 3, 3, 3, 3, 97, 130, 90, 101]], np.uint8).repeat(2, axis=0)[:, :, None]
     bounded = planes.bound_alpha(enlarged, alpha, scale=2)[:, :, 0]
     assert bounded.tolist() == [[0, 0, 0, 0, 3, 3, 97, 100, 100, 100]] * 2
+
+
+# Networks that look at the whole picture: their bundles have no halo.
+
+
+@pytest.fixture
+def whole(tmp_path: Path) -> Path:
+    """A bundle whose pictures must not be cut."""
+    folder = tmp_path / "unet"
+    shutil.copytree(bundles.shared("unet"), folder)
+    stage = Bundle.load(folder).stage()
+    bundles.write_manifest(folder, replace(stage, halo=()))
+    return folder
+
+
+@pytest.mark.parametrize("seams", ["exact", "fast"])
+def test_a_network_that_looks_at_the_whole_picture_runs_it_in_one_piece(whole: Path, seams: str) -> None:
+    image = photo(45, 333)
+    with open_upscaler("unet") as tiled, Upscaler(whole, backend="onnxruntime", seams=seams) as opened:
+        np.testing.assert_array_equal(opened.upscale(image), tiled.upscale(image, tile=10**6))
+        np.testing.assert_array_equal(opened.upscale(image, tile=333), opened.upscale(image))
+        opened.warmup((40, 40))
+        assert opened.stats.tiles == opened.stats.pictures == 3 and opened.info["halo"] == 0
+        with pytest.raises(OptionError, match=r"looks at the whole picture, .* 333x45 pixels cannot be cut .* of 332"):
+            opened.upscale(image, tile=332)
+
+
+def test_a_whole_picture_beyond_memory_is_refused_and_never_cut(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Upscaler(whole, backend="onnxruntime", memory_mib=4) as opened:
+        room = opened.info["one_piece_pixels"]
+        assert opened.upscale(photo(64, 64)).shape == (128, 128, 3)
+        side = int(room**0.5) + 8
+        with pytest.raises(OutOfMemory, match=rf"in one piece, and {room} pixels do: take a smaller picture"):
+            opened.upscale(photo(side, side))
+
+    def failures(shape: tuple[int, ...]) -> None:
+        raise OutOfMemory("no room")
+
+    fake = FakeBackend(failures)
+    monkeypatch.setattr(runner, "open_backend", lambda name, request: fake)
+    with pytest.raises(OutOfMemory, match="no room"):
+        Upscaler(whole).upscale(photo(64, 64))
+    assert fake.shapes == [(1, 64, 64, 3)]

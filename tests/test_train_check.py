@@ -386,6 +386,38 @@ def test_a_missing_folder_is_told_in_one_line(tmp_path: Path) -> None:
     assert result.exit_code == 1 and "unknown recipe 'fasst'" in result.output
 
 
+def test_folders_without_pictures_are_told_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "notes.txt").write_text("no picture")
+    for name, expected in (
+        ("empty", "empty: no pictures found (.bmp, "),
+        ("notes", "notes: no pictures found (.bmp, "),
+        ("notes/notes.txt", "notes.txt: a file, not a folder; give a folder of photographs"),
+    ):
+        result = run(tmp_path / name)
+        assert result.exit_code == 1 and "Traceback" not in result.output
+        assert result.output.splitlines()[-1].startswith("Error: ") and expected in result.output.splitlines()[-1]
+
+
+def test_what_is_tiny_is_judged_by_the_recipe_with_its_overrides(photo_folder: Path) -> None:
+    result = run(photo_folder, "--processes", 1)
+    assert result.exit_code == 1 and "too small, left out: 6" in result.stdout  # of 192 pixels
+    sizes = ["--set", "stages.0.size=96", "--set", "stages.1.size=112"]
+    result = run(photo_folder, "--processes", 1, *sizes, "--set", "validation_pictures=0")
+    assert result.exit_code == 0, result.output
+    assert "too small, left out: 5" in result.stdout and "1 to train on, 0 to validate" in result.stdout
+    for arguments, expected in (
+        (["--set", "stages.0.sise=96"], "did you mean 'size'?"),
+        (["--set", "stages.0.size=one"], "stages.0.size: expected int, got 'one'"),
+        (["--task", "jpg"], "did you mean 'jpeg'?"),
+    ):
+        result = run(photo_folder, *arguments)
+        assert result.exit_code == 1 and "Traceback" not in result.output
+        assert expected in result.output.splitlines()[-1]
+    assert run(photo_folder, "--task", "x4", *sizes).exit_code == 0
+
+
 def test_the_command_prints_a_report_and_writes_it(photo_folder: Path, tmp_path: Path, make_photo: MakePhoto) -> None:
     for seed in range(9):
         save(make_photo(200, 230, seed), photo_folder / f"large{seed}.png")

@@ -111,6 +111,17 @@ def test_a_damaged_checkpoint_is_refused(name: str, damage: str, tmp_path: Path)
         load_checkpoint(tmp_path / "c")
 
 
+def test_of_a_damaged_checkpoint_the_way_out_is_told(tmp_path: Path) -> None:
+    for step in (1, 2):
+        save_checkpoint(tmp_path / "checkpoints" / f"step-{step:09d}", example())
+        newest = latest_checkpoint(tmp_path)
+        assert newest is not None
+        (newest / TENSORS).write_bytes(b"")
+        with pytest.raises(CheckpointError) as caught:
+            load_checkpoint(newest)
+        assert ("delete it to go on from the one before" in str(caught.value)) == (step == 2)
+
+
 def test_facts_must_be_a_table(tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "c", example())
     (tmp_path / "c" / FACTS).write_text("[]")

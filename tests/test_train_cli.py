@@ -11,12 +11,17 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
 
+from train import cli
 from train.checkpoint import latest_checkpoint, load_checkpoint, stage_folder
 from train.cli import main
+from train.loop import Progress
+from train.run_folder import read_log
+from train.validation import colour_drift
 
 ROOT = Path(__file__).parent.parent
 TINY = """
@@ -121,6 +126,51 @@ def test_another_recipe_on_an_existing_run_is_refused(photo_folder: Path, recipe
     assert ((out / "recipe.json").read_text(), (out / "run.json").read_text()) == before
 
 
+def test_a_learning_rate_edited_between_is_told(photo_folder: Path, recipe: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    run(photo_folder, "--recipe", recipe, "--out", out, "--max-steps", 1)
+    recipe.write_text(recipe.read_text().replace("epochs = 3.0", "epochs = 3.0, learning_rate = 1e-4"))
+    result = run(photo_folder, "--recipe", recipe, "--out", out)
+    assert_one_line(result, "stages.0.phases.0.learning_rate: 0.001 before, 0.0001 now")
+    assert_one_line(result, "go on with the same, or start anew with another --out (and --init to keep the weights)")
+
+
+def test_the_effective_recipe_is_printed_and_saved(photo_folder: Path, recipe: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    for steps in (1, 2):  # also when the run is resumed
+        told = run(photo_folder, "--recipe", recipe, "--out", out, "--set", "seed=5", "--max-steps", steps).output
+        (printed,) = (json.loads(line) for line in told.splitlines() if line.startswith("{"))
+        assert printed["seed"] == 5 and printed["stages"][0]["phases"][0]["learning_rate"] == 1e-3  # the default
+        folder = latest_checkpoint(out)
+        assert folder is not None and folder.name.endswith(str(steps))
+        assert load_checkpoint(folder).facts["recipe"] == printed == json.loads((out / "recipe.json").read_text())
+        assert load_checkpoint(stage_folder(out, "32")).facts["recipe"] == printed
+
+
+def test_news_come_at_once_and_tell_the_time_left(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    show = cli._show_progress()
+    told = []
+    for step, seconds in ((1, 100.0), (2, 110.0), (11, 140.0)):
+        now = seconds
+        show(Progress("32", "all", step, 91, step, 91, 1e-3, {"pixel": 0.5}, 7.0, 0, None))
+        told.append(capsys.readouterr().err)
+    assert told[0].startswith("stage 32 all 1/91 (1/91), rate 1.00e-03, pixel 0.50000, 7 images/s")
+    assert "min left" not in told[0] and told[1] == ""  # nothing is known yet; every half minute is enough
+    assert "11/91" in told[2] and "5.3 min left" in told[2]  # 10 steps took 40 s, 80 are left
+
+
+def test_colour_drift_is_logged(photo_folder: Path, recipe: Path, tmp_path: Path) -> None:
+    run(photo_folder, "--recipe", recipe, "--out", tmp_path / "run")
+    drifts = [entry["validation"]["colour_drift"] for entry in read_log(tmp_path / "run") if entry["validation"]]
+    assert len(drifts) >= 2 and all(0 <= drift < 20 for drift in drifts)  # at the first step and at the last
+    hr = np.full((4, 4, 3), 100, np.uint8)
+    assert colour_drift(hr + np.array([0, 3, 1], np.uint8), hr) == 3.0
+
+
 def test_find_lr_tells_its_steps_and_changes_nothing(photo_folder: Path, recipe: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     result = run(photo_folder, "--recipe", recipe, "--out", out, "--find-lr")
@@ -197,7 +247,7 @@ def test_an_unwritable_out_is_one_line(photo_folder: Path, recipe: Path, tmp_pat
 
 
 def test_a_diverging_run_is_one_line(photo_folder: Path, recipe: Path, tmp_path: Path) -> None:
-    absurd = ("--set", "stages.0.phases.0.learning_rate=1e30", "--set", "stages.0.phases.0.epochs=20")
+    absurd = ("--set", "stages.0.phases.0.learning_rate=1e17", "--set", "stages.0.phases.0.epochs=20")
     result = run(photo_folder, "--recipe", recipe, "--out", tmp_path / "run", *absurd)
     assert_one_line(result, "lower the learning rate")
 

@@ -150,7 +150,7 @@ def test_runs_that_cannot_stand_side_by_side_are_told(runs: list[Path], tmp_path
     make_run(tmp_path / "young", stages=0)
     for path, message in (
         (tmp_path / "x4", "several scales.*a x2, x4 x4"),
-        (tmp_path / "young", "no stage is written"),
+        (tmp_path / "young", "no stage of this run is finished"),
     ):
         shown: list[str] = []
         out = tmp_path / f"out-{path.name}"

@@ -27,12 +27,14 @@ from train.losses import (
     block_colour,
     charbonnier,
     gram_matrix,
+    grid,
     hfen,
     l1_normalised,
     laplacian_of_gaussian,
     luma,
     negative_psnr,
     ssim_loss,
+    unit_distance,
 )
 from train.recipe import LossConfig
 
@@ -196,7 +198,7 @@ def test_perceptual_total_is_the_formula(monkeypatch: pytest.MonkeyPatch) -> Non
     ("config", "message"),
     [
         (LossConfig(pixel="l3"), "loss.pixel: one of l1, l1_normalised, mse, charbonnier, psnr, ssim, not 'l3'"),
-        (LossConfig(feature_distance="l3"), "loss.feature_distance: one of l1, mse, not 'l3'"),
+        (LossConfig(feature_distance="l3"), "loss.feature_distance: one of l1, mse, unit, not 'l3'"),
         (LossConfig(pixel_weight=0.0), "every term is switched off"),
         (LossConfig(feature_net="squeezenet1_1", feature_weights=(1.0,)), "3 layers need as many weights, got 1"),
     ],
@@ -330,3 +332,44 @@ def test_pretrained_feature_nets_see_blur() -> None:
         target = net(picture)
         near, far = (sum(float((a - b).abs().mean()) for a, b in zip(net(x), target, strict=True)) for x in blurred)
         assert 0 < near < far
+
+
+# Perceptual terms without a grid
+
+
+def test_unit_distance_by_hand() -> None:
+    a = torch.zeros(1, 2, 1, 3)
+    b = torch.zeros(1, 2, 1, 3)
+    a[0, :, 0] = torch.tensor([[2.0, 1.0, 3.0], [0.0, 1.0, 4.0]])
+    b[0, :, 0] = torch.tensor([[0.0, 5.0, 6.0], [7.0, 5.0, 8.0]])
+    # Vectors at right angles are 2 apart, of one direction 0, whatever their lengths.
+    assert unit_distance(a, b).item() == pytest.approx(2 / 3, rel=1e-6)
+
+
+def test_grid_sees_what_repeats_and_nothing_else() -> None:
+    hr = torch.rand(2, 3, 70, 96, generator=torch.Generator().manual_seed(1))
+    assert grid(hr + 0.1, hr).item() == pytest.approx(0, abs=1e-6)
+    for period, expected in ((4, 0.01 * 2 * 0.25 * 0.75), (2, 0.01 * 2 * 0.5 * 0.5)):
+        striped = hr.clone()
+        striped[..., ::period] += 0.01  # mean absolute deviation of one column in `period`
+        assert grid(striped, hr).item() == pytest.approx(expected, rel=1e-3)
+    third = hr.clone()
+    third[..., ::3] += 0.01
+    assert grid(third, hr).item() < 0.001
+
+
+def test_features_are_compared_from_a_place_that_moves_in_training_alone() -> None:
+    torch.manual_seed(3)
+    config = LossConfig(
+        pixel_weight=0.0, feature_net="squeezenet1_1", feature_weights=(1.0,), feature_layers=("relu1",),
+        style_weight=0.0, feature_distance="unit", feature_shift=8,
+    )  # fmt: skip
+    loss = CombinedLoss(config, weights="random")
+    sr, hr = torch.rand(1, 3, 64, 64), torch.rand(1, 3, 64, 64)
+    assert loss(sr, hr)[0] == loss(sr, hr)[0], "validation is the same every time"
+    wanted = sr.requires_grad_()
+    found = []
+    for seed in (1, 2, 1):
+        torch.manual_seed(seed)
+        found.append(float(loss(wanted, hr)[0].detach()))
+    assert found[0] == found[2] != found[1]

@@ -9,12 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from train.adversary import Adversary
 from train.errors import RecipeError
 from train.models.critics import CRITICS, SRGANCritic, UNetCritic, build_critic
+from train.recipe import AdversarialConfig
 
 TINY: dict[str, dict[str, Any]] = {
     "unet-critic": {"channels": 8, "blocks": 2},
     "srgan": {"channels": 4, "dense": 16},
+    "features": {"features": "squeezenet1_1", "layers": ("relu1", "fire3"), "channels": 8},
 }
 
 
@@ -44,25 +47,27 @@ def test_srgan_critic_has_the_layers_of_the_paper() -> None:
 
 @pytest.mark.parametrize("name", list(CRITICS))
 @pytest.mark.parametrize("size", [64, 96, 128])
-def test_critics_give_a_logit_for_each_picture_of_any_size(name: str, size: int) -> None:
-    critic = build_critic(name, TINY[name]).eval()
+def test_critics_give_logits_for_each_picture_of_any_size(name: str, size: int) -> None:
+    critic = build_critic(name, TINY[name], weights="random").eval()
     with torch.no_grad():
         pictures = torch.rand(3, 3, size, size)
         logits = critic(pictures)
-        assert logits.shape == (3,)
+        assert logits.shape == (3,) or (name == "features" and logits.ndim == 2 and len(logits) == 3)
         torch.testing.assert_close(logits[1:2], critic(pictures[1:2]), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", list(CRITICS))
 def test_critics_learn_to_tell_dark_from_bright(name: str) -> None:
     torch.manual_seed(0)
-    critic = build_critic(name, TINY[name]).train()
+    critic = build_critic(name, TINY[name], weights="random").train()
     optimizer = torch.optim.Adam(critic.parameters(), lr=2e-3)
     losses = []
     for _ in range(30):
         real, fake = 0.5 + 0.5 * torch.rand(4, 3, 48, 48), 0.5 * torch.rand(4, 3, 48, 48)
         logits = critic(torch.cat((real, fake)))
-        loss = F.binary_cross_entropy_with_logits(logits, torch.tensor([1.0] * 4 + [0.0] * 4))
+        wanted = torch.zeros_like(logits)
+        wanted[:4] = 1
+        loss = F.binary_cross_entropy_with_logits(logits, wanted)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -83,6 +88,22 @@ def test_every_convolution_of_the_unet_critic_has_spectral_norm() -> None:
             assert torch.linalg.matrix_norm(conv.weight.flatten(1), ord=2).item() == pytest.approx(1, abs=0.02)
 
 
+def test_the_features_that_a_critic_stands_on_are_never_trained() -> None:
+    critic = build_critic("features", TINY["features"], weights="random")
+    adversary = Adversary(
+        AdversarialConfig(critic="features", options=TINY["features"]), torch.device("cpu"), weights="random"
+    )
+    sr, hr = torch.rand(2, 3, 64, 64), torch.rand(2, 3, 64, 64)
+    loss, _ = adversary.judge(sr, hr)
+    loss.backward()
+    trained = {name for name, parameter in adversary.critic.named_parameters() if parameter.grad is not None}
+    assert trained and all(name.startswith("heads.") for name in trained)
+    assert any(name.startswith("features.") for name, _ in critic.named_parameters())
+    wanted = sr.requires_grad_()
+    adversary.persuade(wanted, torch.zeros(()), {})[0].backward()
+    assert wanted.grad is not None and wanted.grad.abs().sum() > 0
+
+
 def test_a_crop_that_is_too_small_is_refused() -> None:
     with pytest.raises(ValueError, match=r"needs 64 pixels a side, got \(32, 128\)"):
         UNetCritic(channels=8)(torch.rand(1, 3, 32, 128))
@@ -91,7 +112,7 @@ def test_a_crop_that_is_too_small_is_refused() -> None:
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("patch", {}, "unknown critic 'patch': one of unet-critic, srgan"),
+        ("patch", {}, "unknown critic 'patch': one of unet-critic, srgan, features"),
         ("srgan", {"blocks": 3}, "critic options: srgan knows channels, dense, not blocks"),
     ],
 )

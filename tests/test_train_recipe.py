@@ -16,8 +16,9 @@ from train.run_folder import append_log, cut_log, load_run, read_log, write_run
 
 def test_shipped_recipes() -> None:
     assert recipe_names() == [
-        "autoencoder", "autoencoder-hfen", "autoencoder-ssim", "fast", "fast-perceptual", "fast-wide", "fast-x4",
-        "perceptual-unet", "resnet18-residual", "srgan", "srgan-mse", "unet-gan", "unet-mse", "unet-transpose", "vae",
+        "autoencoder", "autoencoder-hfen", "autoencoder-ssim", "fast", "fast-perceptual", "fast-restore",
+        "fast-wide", "fast-x4", "perceptual-unet", "resnet18-residual", "srgan", "srgan-mse", "unet-gan", "unet-mse",
+        "unet-transpose", "vae",
     ]  # fmt: skip
 
 
@@ -55,6 +56,12 @@ def test_fast_perceptual_goes_on_from_fast() -> None:
     assert tuned.model == fast.model and tuned.degrade == fast.degrade
     assert tuned.loss.pixel_weight and tuned.loss.colour_weight
     assert tuned.loss.feature_net != "squeezenet1_1"  # which measures the result
+    assert tuned.loss.grid_weight and tuned.loss.feature_shift
+
+
+def test_fast_restore_goes_on_from_fast() -> None:
+    fast, restoring = load_recipe("fast"), load_recipe("fast-restore")
+    assert replace(restoring.model, scales=(2,)) == fast.model and restoring.model.scales == (1,)
 
 
 def test_a_recipe_is_read_from_a_file(tmp_path: Path) -> None:
@@ -89,6 +96,7 @@ def test_overrides() -> None:
         ("stages=3", "recipe.stages: expected a list, got 3"),
         ("degrade.jpeg_quality=[1,2,3]", "recipe.degrade.jpeg_quality: expected 2 values, got 3"),
         ("degrade.jpeg_quality=[70,10]", r"degrade.jpeg_quality: expected \[lowest, highest\]"),
+        ("degrade.jpeg_quality=[10,101]", "degrade.jpeg_quality: expected at most 100"),
         ("degrade.noise_probability=2", "degrade.noise_probability: expected a share from 0 to 1"),
         ("degrade.resize=lanczos", "degrade.resize: expected one of bicubic, bilinear"),
         ("optimizer.ema_decay=1", "optimizer.ema_decay: expected 0 <= ema_decay < 1"),
@@ -103,7 +111,20 @@ def test_overrides() -> None:
         ("stages.0.batch=0", "expected size >= 16, batch >= 1 and a phase"),
         ("stages.0.phases=[]", "expected size >= 16, batch >= 1 and a phase"),
         ("stages.0.phases.0.epochs=0", "stage '96', phase 'all': expected epochs > 0 and learning_rate > 0"),
-        ("stages.0.phases.0.learning_rate=nan", "expected epochs > 0 and learning_rate > 0"),
+        ("stages.0.phases.0.learning_rate=nan", "learning_rate: expected a number up to 1e[+]18, got nan"),
+        ("stages.0.phases.0.epochs=inf", "epochs: expected a number up to 1e[+]18, got inf"),
+        ("degrade.noise_sigma=[1.0,inf]", "noise_sigma.1: expected a number up to"),
+        ("seed=99999999999999999999", "recipe.seed: expected a number up to"),
+        ("optimizer.div=1" + "0" * 400, "recipe.optimizer.div: expected float, got 1000"),
+        ("optimizer.beta2=2", "optimizer.beta2: expected 0 <= beta2 < 1"),
+        ("adversarial.beta1=-0.1", "adversarial.beta1: expected 0 <= beta1 < 1"),
+        ("optimizer.gradient_clip=-1", "optimizer.gradient_clip: expected a number that is not negative"),
+        ("loss.pixel_weight=-1", "loss.pixel_weight: expected a number that is not negative"),
+        ("loss.feature_weights=[1.0, -1.0]", "loss.feature_weights: expected none negative"),
+        ("stages.-1.batch=1", "'-1' is not an index below 2"),
+        ("model.options.channels=0", "model.options.channels: expected 1 or more"),
+        ("model.options.growth=-1", "model.options.growth: expected 0 or more"),
+        ("adversarial.options.blocks=-3", "adversarial.options.blocks: expected 0 or more"),
         ("model.scales=[]", "model.scales: expected at least one scale"),
     ],
 )
@@ -157,6 +178,12 @@ def test_the_log_is_cut_where_a_run_goes_on(tmp_path: Path) -> None:
     cut_log(tmp_path, 5)
     append_log(tmp_path, {"done_steps": 6})
     assert (tmp_path / "log.jsonl").read_text() == '{"done_steps": 1}\n{"done_steps": 5}\n{"done_steps": 6}\n'
+
+
+def test_lines_of_a_log_that_are_none_are_left_out(tmp_path: Path) -> None:
+    whole = b'{"done_steps": 1}\n'
+    (tmp_path / "log.jsonl").write_bytes(whole + b'3\nnull\n{}\n\xff\xfe{\n\0\0\n{"done_steps"\n' + whole)
+    assert read_log(tmp_path) == [{"done_steps": 1}] * 2
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this system")

@@ -27,14 +27,16 @@ FAKE_SIDE = 512  # a photograph gives one result of at most that size
 class Adversary:
     """A critic, and whose turn it is."""
 
-    def __init__(self, config: AdversarialConfig, device: torch.device):
+    def __init__(self, config: AdversarialConfig, device: torch.device, *, weights: Path | str | None = None):
         self.config = config
-        self.critic = build_critic(config.critic, config.options).to(device).to(memory_format=torch.channels_last)
+        critic = build_critic(config.critic, config.options, weights=weights)
+        self.critic = critic.to(device).to(memory_format=torch.channels_last)
+        self._trained = [parameter for parameter in critic.parameters() if parameter.requires_grad]
         self.has_turn = True
 
     def judge(self, sr: Tensor, hr: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Give the critic's loss: binary cross-entropy on results, which are 0, and photographs, which are 1."""
-        self.critic.requires_grad_(True)
+        self._require_gradients(True)
         false, true = self.critic(sr).float(), self.critic(hr).float()
         loss = (
             F.binary_cross_entropy_with_logits(false, torch.zeros_like(false))
@@ -44,12 +46,16 @@ class Adversary:
 
     def persuade(self, sr: Tensor, content: Tensor, terms: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Give the network's loss: the recipe's, and what is lacking until its results pass for photographs."""
-        self.critic.requires_grad_(False)
+        self._require_gradients(False)
         verdict = self.critic(sr).float()
         adversarial = self.config.weight * F.binary_cross_entropy_with_logits(verdict, torch.ones_like(verdict))
         weight = self.config.content_weight
         scaled = {name: weight * term for name, term in terms.items()}
         return weight * content + adversarial, scaled | {"adversarial": adversarial}
+
+    def _require_gradients(self, value: bool) -> None:
+        for parameter in self._trained:
+            parameter.requires_grad_(value)
 
     def take_turns(self, terms: dict[str, Tensor]) -> None:
         """Pass the turn on after a step: the critic keeps it until its loss is below the threshold."""

@@ -26,8 +26,8 @@ def replacing(path: Path) -> Iterator[Path]:
     except OSError as exc:
         raise ResourceError(f"{path}: cannot be written ({exc.strerror or exc}); free space or choose --out") from exc
     finally:
-        if temporary.parent.is_dir():
-            temporary.unlink(missing_ok=True)
+        if temporary.exists():  # on a disk that is read-only, unlink raises even without it
+            temporary.unlink()
 
 
 def write_json(value: Any, path: Path) -> None:

@@ -50,7 +50,9 @@ def find_pictures(folder: Path) -> list[Path]:
     Raises: DataError if the folder is missing or holds none.
     """
     if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder; give a folder of photographs")
+        raise DataError(
+            f"{folder}: {'a file, not a' if folder.exists() else 'no such'} folder; give a folder of photographs"
+        )
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
     if not paths:
         raise DataError(f"{folder}: no pictures found ({', '.join(sorted(SUFFIXES))})")
@@ -69,7 +71,10 @@ def read_picture(path: Path) -> np.ndarray:
 def _decode(image: Image.Image) -> np.ndarray:
     if image.mode == "F" or image.mode.startswith("I"):
         raise ValueError(f"{image.mode} pixels, only 8-bit pictures are read")
-    return np.array(ImageOps.exif_transpose(image).convert("RGB"))
+    image = ImageOps.exif_transpose(image)
+    if "transparency" in image.info:  # Pillow warns of what would be lost; the pixels are the same
+        image = image.convert("RGBA")
+    return np.array(image.convert("RGB"))
 
 
 def describe_fault(exc: Exception) -> str:
@@ -457,11 +462,19 @@ def usable_cores() -> int:
 @click.command("check", cls=OneLineErrors)
 @click.argument("data", type=click.Path(path_type=Path))
 @click.option("--recipe", "recipe_name", default="fast", show_default=True, help="Its largest crop: smaller is tiny.")
+@click.option("--task", help="Lay a task over the recipe, as sr-train does.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change one value of the recipe.")
 @click.option("--against", type=click.Path(path_type=Path), multiple=True, help="Folder that must not be trained on.")
 @click.option("--processes", type=click.IntRange(min=1), help="That decode. Default: the cores, at most 8.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the whole report here too.")
 def check_command(
-    data: Path, recipe_name: str, against: tuple[Path, ...], processes: int | None, json_path: Path | None
+    data: Path,
+    recipe_name: str,
+    task: str | None,
+    overrides: tuple[str, ...],
+    against: tuple[Path, ...],
+    processes: int | None,
+    json_path: Path | None,
 ) -> None:
     """Decode every picture in folder DATA and list what is broken, too small, or there more than once.
 
@@ -469,7 +482,7 @@ def check_command(
     """
     from .recipe import load_recipe
 
-    recipe = load_recipe(recipe_name)
+    recipe = load_recipe(recipe_name, task=task, overrides=overrides)
     with click.progressbar(length=0, label="decoding", file=sys.stderr) as bar:
         report = check_data(
             data,

@@ -74,7 +74,9 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
         tensors = load_file(folder / TENSORS)
     except (OSError, ValueError, SafetensorError) as exc:
-        raise CheckpointError(f"{folder}: not a readable checkpoint ({exc})") from exc
+        others = [other for other in folder.parent.glob("step-*") if other != folder]
+        cure = "; delete it to go on from the one before" if folder.name.startswith("step-") and others else ""
+        raise CheckpointError(f"{folder}: not a readable checkpoint ({exc}){cure}") from exc
     if not isinstance(facts, dict):
         raise CheckpointError(f"{folder}: {FACTS} holds no table")
     return Checkpoint(tensors, facts)

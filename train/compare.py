@@ -190,6 +190,9 @@ def _write_curves(runs: Sequence[Run], path: Path) -> None:
 
 
 def _write_predictions(runs: Sequence[Run], path: Path, data: Path | None) -> None:
+    from .stages import last_stage, load_network
+    from .validation import psnr_y
+
     scales = {run.recipe.model.scales[0] for run in runs}
     if len(scales) > 1:
         listed = ", ".join(f"{run.name} x{run.recipe.model.scales[0]}" for run in runs)
@@ -197,12 +200,10 @@ def _write_predictions(runs: Sequence[Run], path: Path, data: Path | None) -> No
             f"runs of several scales have no pictures in common: {listed}; compare those of one scale"
         )
     scale = scales.pop()
-    models = [load_stage(run) for run in runs]
+    models = [load_network(run.path, run.recipe, last_stage(run.path, run.recipe))[0] for run in runs]
     grid = math.lcm(*(model.stride(scale) * scale for model in models))
     pairs = _pairs_of_panel(runs) if data is None else _pairs_of_data(data, runs[0].recipe, grid=grid)
     titles, cells = [], []
-    from .validation import psnr_y
-
     for lr, hr in pairs:
         height, width = (side // grid * grid for side in hr.shape[:2])
         lr, hr = lr[: height // scale, : width // scale], hr[:height, :width]
@@ -214,26 +215,6 @@ def _write_predictions(runs: Sequence[Run], path: Path, data: Path | None) -> No
         titles.append(["nearest" if scale > 1 else "input", *quality, "target"])
         cells.append([nearest, *results, hr])
     write_sheet(titles, cells, path, lr_size=lr.shape[:2])
-
-
-def load_stage(run: Run) -> Network:
-    """Build a run's network with the weights of the last stage that it has written.
-
-    Raises: CheckpointError if there is none, or its weights do not fit the recipe.
-    """
-    from .checkpoint import load_checkpoint, stage_folder
-    from .models import build_model
-
-    written = [stage.name for stage in run.recipe.stages if stage_folder(run.path, stage.name).exists()]
-    if not written:
-        raise CheckpointError(f"{run.path}: no stage is written yet, so there are no weights to predict with")
-    folder = stage_folder(run.path, written[-1])
-    model = build_model(run.recipe.model, weights="random")
-    try:
-        model.load_state_dict(load_checkpoint(folder).group("model"))
-    except RuntimeError as exc:
-        raise CheckpointError(f"{folder}: the weights do not fit the recipe's network {run.recipe.model.name}") from exc
-    return model.eval()
 
 
 def _predict(model: Network, lr: np.ndarray, scale: int) -> np.ndarray:

@@ -18,13 +18,14 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from .check import describe_fault, find_pictures, hold_out, perceptual_hash, pixel_digest, read_picture
-from .degrade import degrade
+from .degrade import Damages, apply_damages, draw_damages, is_clean
 from .errors import DataError, ResourceError
 from .recipe import DegradeConfig, StageConfig
 
 LOG = logging.getLogger(__name__)
-# A reduction filter reaches 2*scale pixels beyond a crop; this many are cut with it and dropped after.
-MARGIN_LR = 8
+# A reduction filter reaches 2*scale pixels beyond a crop. What damages do near an edge should not be seen either; the
+# margin, in pixels of the LR picture, is dropped after them.
+FILTER_REACH, MARGIN_LR = 2, 8
 BLUR_REACH = 3  # standard deviations
 
 Item = TypeVar("Item")
@@ -61,7 +62,25 @@ class Photographs:
         self, index: int, *, size: int, scale: int, config: DegradeConfig, rng: np.random.Generator
     ) -> tuple[np.ndarray, np.ndarray]:
         """Make one sample of a picture: see random_pair."""
-        return random_pair(self.pictures[index], size=size, scale=scale, config=config, rng=rng)
+        return _contiguous(self.apply(index, self.draw(index, size=size, scale=scale, config=config, rng=rng)))
+
+    def draw(
+        self,
+        index: int,
+        *,
+        size: int,
+        scale: int,
+        config: DegradeConfig,
+        rng: np.random.Generator,
+        seeds_noise: bool = False,
+    ) -> Cut:
+        """Draw a sample of a picture: see draw_cut."""
+        shape = self.pictures[index].shape[:2]
+        return draw_cut(shape, size=size, scale=scale, config=config, rng=rng, seeds_noise=seeds_noise)
+
+    def apply(self, index: int, cut: Cut) -> tuple[np.ndarray, np.ndarray]:
+        """Make the sample of a picture that was drawn: see apply_cut."""
+        return apply_cut(self.pictures[index], cut)
 
 
 @dataclass(frozen=True)
@@ -83,11 +102,22 @@ class PairedPhotographs(Photographs):
         taken = {name: _at(getattr(self, name), indices) for name in ("paths", "pictures", "lr_pictures")}
         return replace(self, **taken)
 
-    def cut(
-        self, index: int, *, size: int, scale: int, config: DegradeConfig, rng: np.random.Generator
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Cut one sample of a pair: see paired_crop. `config` is not asked: the LR picture is damaged already."""
-        return paired_crop(self.lr_pictures[index], self.pictures[index], size=size, scale=scale, rng=rng)
+    def draw(
+        self,
+        index: int,
+        *,
+        size: int,
+        scale: int,
+        config: DegradeConfig,
+        rng: np.random.Generator,
+        seeds_noise: bool = False,
+    ) -> Cut:
+        """See draw_paired_cut. `config` is not asked: the LR picture is damaged already."""
+        return draw_paired_cut(self.lr_pictures[index].shape[:2], size=size, scale=scale, rng=rng)
+
+    def apply(self, index: int, cut: Cut) -> tuple[np.ndarray, np.ndarray]:
+        """See apply_paired_cut."""
+        return apply_paired_cut(self.lr_pictures[index], self.pictures[index], cut)
 
 
 def _at(items: Sequence[Item], indices: Sequence[int]) -> tuple[Item, ...]:
@@ -172,21 +202,103 @@ class CropPairs(Dataset[tuple[Tensor, Tensor]]):
         self.config = config
         self.scales = scales
         self.entropy = entropy
+        self._epoch, self._order = -1, np.empty(0, int)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        lr, hr = self.pixels(index)
+        return lr / 255, hr / 255
+
+    def pixels(self, index: int) -> tuple[Tensor, Tensor]:
+        """Give a sample as it is passed between processes, in a quarter of the bytes: uint8."""
+        picture, cut = self.draw(index)
+        lr, hr = (image.transpose(2, 0, 1) for image in self.photographs.apply(picture, cut))  # HWC -> CHW
+        return torch.from_numpy(np.ascontiguousarray(lr)), torch.from_numpy(np.ascontiguousarray(hr))
+
+    def draw(self, index: int, *, seeds_noise: bool = False) -> tuple[int, Cut]:
+        """Draw a sample: its picture, and what is made of it. seeds_noise: see draw_damages."""
         epoch, place = divmod(index, len(self.photographs))
-        order = np.random.default_rng((*self.entropy, 0, epoch)).permutation(len(self.photographs))
+        if epoch != self._epoch:
+            self._order = np.random.default_rng((*self.entropy, 0, epoch)).permutation(len(self.photographs))
+            self._epoch = epoch
         rng = np.random.default_rng((*self.entropy, 1, index))
-        # All samples of a batch have one scale, so it is drawn by the batch.
-        batch_rng = np.random.default_rng((*self.entropy, 2, index // self.stage.batch))
-        scale = int(batch_rng.choice(self.scales))
-        lr, hr = self.photographs.cut(order[place], size=self.stage.size, scale=scale, config=self.config, rng=rng)
-        return to_tensor(lr), to_tensor(hr)
+        scale = self.scales[0]
+        if len(self.scales) > 1:  # all samples of a batch have one scale, so it is drawn by the batch
+            batch_rng = np.random.default_rng((*self.entropy, 2, index // self.stage.batch))
+            scale = int(batch_rng.choice(self.scales))
+        picture = int(self._order[place])
+        return picture, self.photographs.draw(
+            picture, size=self.stage.size, scale=scale, config=self.config, rng=rng, seeds_noise=seeds_noise
+        )
+
+
+def to_floats(pixels: Tensor, device: torch.device) -> Tensor:
+    """(N, 3, H, W) uint8 -> float32 in [0, 1], on a device and channels last."""
+    return pixels.to(device, memory_format=torch.channels_last, non_blocking=True) / 255
 
 
 def to_tensor(image: np.ndarray) -> Tensor:
     """(H, W, 3) uint8 -> (3, H, W) float32 in [0, 1]."""
     return torch.from_numpy(image.transpose(2, 0, 1).astype(np.float32) / 255)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """One sample as it was drawn: where it lies in a photograph, and what is done to it.
+
+    size: of the HR crop, a square.
+    reduced: (height, width) that the photograph is reduced to before.
+    rows, columns: of that reduction, the crop with a margin; above, before: how much of it lies at the top and left.
+    damages: of rows and columns; None where the LR picture is there already.
+    flip, turns: of the sample at last; a flip from left to right, then so many quarters of a turn.
+    """
+
+    size: int
+    scale: int
+    reduced: tuple[int, int]
+    rows: slice
+    columns: slice
+    above: int
+    before: int
+    damages: Damages | None
+    flip: bool
+    turns: int
+
+
+def draw_cut(
+    shape: tuple[int, ...],
+    *,
+    size: int,
+    scale: int,
+    config: DegradeConfig,
+    rng: np.random.Generator,
+    seeds_noise: bool = False,
+) -> Cut:
+    """Draw a sample of a photograph of (height, width), both at least `size`. seeds_noise: see draw_damages."""
+    height, width = _drawn_size(shape, smallest=size, factors=config.crop_scale, rng=rng)
+    top, left = int(rng.integers(0, height - size + 1)), int(rng.integers(0, width - size + 1))
+    # Cut with a margin, where the picture has one, so that the reduction meets real neighbours.
+    margin = _margin(config, scale)
+    above, before = min(margin, top // scale * scale), min(margin, left // scale * scale)
+    below = min(margin, (height - top - size) // scale * scale)
+    after = min(margin, (width - left - size) // scale * scale)
+    rows, columns = slice(top - above, top + size + below), slice(left - before, left + size + after)
+    region = rows.stop - rows.start, columns.stop - columns.start
+    damages = draw_damages(region, scale=scale, config=config, rng=rng, seeds_noise=seeds_noise)
+    turns, flip = _draw_turn(rng)
+    return Cut(size, scale, (height, width), rows, columns, above, before, damages, flip, turns)
+
+
+def draw_paired_cut(lr_shape: tuple[int, ...], *, size: int, scale: int, rng: np.random.Generator) -> Cut:
+    """Draw a sample of a pair whose LR picture is of (height, width)."""
+    side = size // scale
+    top, left = (int(rng.integers(0, length - side + 1)) * scale for length in lr_shape)
+    turns, flip = _draw_turn(rng)
+    reduced = lr_shape[0] * scale, lr_shape[1] * scale
+    return Cut(size, scale, reduced, slice(top, top + size), slice(left, left + size), 0, 0, None, flip, turns)
+
+
+def _draw_turn(rng: np.random.Generator) -> tuple[int, bool]:
+    return int(rng.integers(0, 4)), bool(rng.integers(0, 2))
 
 
 def random_pair(
@@ -197,18 +309,16 @@ def random_pair(
     picture: (H, W, 3) uint8, both sides at least `size`.
     Returns: LR (size/scale, size/scale, 3) and HR (size, size, 3), uint8.
     """
-    height, width = _drawn_size(picture.shape[:2], smallest=size, factors=config.crop_scale, rng=rng)
-    top, left = int(rng.integers(0, height - size + 1)), int(rng.integers(0, width - size + 1))
-    # Cut with a margin, where the picture has one, so that the reduction meets real neighbours.
-    margin = MARGIN_LR * scale + _blur_margin(config, scale)
-    above, before = min(margin, top // scale * scale), min(margin, left // scale * scale)
-    below = min(margin, (height - top - size) // scale * scale)
-    after = min(margin, (width - left - size) // scale * scale)
-    rows, columns = slice(top - above, top + size + below), slice(left - before, left + size + after)
-    region = _reduced_region(picture, (height, width), rows, columns)
-    lr = degrade(region, scale=scale, config=config, rng=rng)
-    lr = lr[above // scale : (above + size) // scale, before // scale : (before + size) // scale]
-    return _turned(lr, region[above : above + size, before : before + size], rng)
+    return _contiguous(apply_cut(picture, draw_cut(picture.shape[:2], size=size, scale=scale, config=config, rng=rng)))
+
+
+def apply_cut(picture: np.ndarray, cut: Cut) -> tuple[np.ndarray, np.ndarray]:
+    """Make of a photograph, (H, W, 3) uint8, what was drawn for it: LR and HR as from random_pair, perhaps views."""
+    assert cut.damages is not None, "pairs have apply_paired_cut"
+    region = _reduced_region(picture, cut)
+    top, left, side = cut.above // cut.scale, cut.before // cut.scale, cut.size // cut.scale
+    lr = apply_damages(region, cut.damages)[top : top + side, left : left + side]
+    return _turned(lr, region[cut.above : cut.above + cut.size, cut.before : cut.before + cut.size], cut)
 
 
 def paired_crop(
@@ -219,19 +329,25 @@ def paired_crop(
     lr: (h, w, 3) uint8. hr: (h*scale, w*scale, 3) uint8, both sides at least `size`.
     Returns: LR (size/scale, size/scale, 3) and HR (size, size, 3), uint8.
     """
-    assert hr.shape[:2] == (lr.shape[0] * scale, lr.shape[1] * scale), (lr.shape, hr.shape, scale)
-    side = size // scale
-    top, left = (int(rng.integers(0, length - side + 1)) for length in lr.shape[:2])
-    hr = hr[top * scale : (top + side) * scale, left * scale : (left + side) * scale]
-    return _turned(lr[top : top + side, left : left + side], hr, rng)
+    return _contiguous(apply_paired_cut(lr, hr, draw_paired_cut(lr.shape[:2], size=size, scale=scale, rng=rng)))
 
 
-def _turned(lr: np.ndarray, hr: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Flip and turn both at random, in the same way."""
-    turns, flip = int(rng.integers(0, 4)), bool(rng.integers(0, 2))
-    if flip:
+def apply_paired_cut(lr: np.ndarray, hr: np.ndarray, cut: Cut) -> tuple[np.ndarray, np.ndarray]:
+    """Make of a pair what was drawn for it: LR and HR as from paired_crop, views."""
+    assert hr.shape[:2] == cut.reduced, (hr.shape, cut)
+    top, left, side = cut.rows.start // cut.scale, cut.columns.start // cut.scale, cut.size // cut.scale
+    return _turned(lr[top : top + side, left : left + side], hr[cut.rows, cut.columns], cut)
+
+
+def _turned(lr: np.ndarray, hr: np.ndarray, cut: Cut) -> tuple[np.ndarray, np.ndarray]:
+    """Flip and turn both in the same way."""
+    if cut.flip:
         lr, hr = lr[:, ::-1], hr[:, ::-1]
-    return np.ascontiguousarray(np.rot90(lr, turns)), np.ascontiguousarray(np.rot90(hr, turns))
+    return np.rot90(lr, cut.turns), np.rot90(hr, cut.turns)
+
+
+def _contiguous(pair: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    return np.ascontiguousarray(pair[0]), np.ascontiguousarray(pair[1])
 
 
 def _drawn_size(
@@ -245,27 +361,41 @@ def _drawn_size(
     return max(smallest, round(height * factor)), max(smallest, round(width * factor))
 
 
-def _blur_margin(config: DegradeConfig, scale: int) -> int:
-    """Give how far a blur reaches, in pixels, on the grid of the reduction."""
+def _margin(config: DegradeConfig, scale: int) -> int:
+    """Give how much is cut around a crop, in pixels on the grid of the reduction."""
+    if is_clean(config) and config.crop_scale == (1.0, 1.0):  # else the box in Pillow would be rounded otherwise
+        return FILTER_REACH * scale
     reach = BLUR_REACH * config.blur_sigma[1] if config.blur_probability else 0.0
-    return math.ceil(reach / scale) * scale
+    return MARGIN_LR * scale + math.ceil(reach / scale) * scale
 
 
-def _reduced_region(picture: np.ndarray, size: tuple[int, int], rows: slice, columns: slice) -> np.ndarray:
-    """Cut a region out of a picture's reduction to `size` without reducing all of it.
+def _reduced_region(picture: np.ndarray, cut: Cut) -> np.ndarray:
+    """Cut a region out of a picture's reduction without reducing all of it.
 
     picture: (H, W, 3) uint8. Returns: (rows, columns, 3) uint8, a view where the size is the picture's own.
     """
-    if size == picture.shape[:2]:
-        return picture[rows, columns]
-    ratios = [old / new for old, new in zip(picture.shape, size)]
-    ends = [(part.start * ratio, part.stop * ratio) for part, ratio in zip((rows, columns), ratios)]
-    # The bicubic filter reaches two pixels of the reduction further; Pillow reads beyond the box where there is more.
-    reaches = [math.ceil(2 * ratio) + 1 for ratio in ratios]
-    firsts = [max(0, int(start) - reach) for (start, _), reach in zip(ends, reaches)]
-    lasts = [math.ceil(stop) + reach for (_, stop), reach in zip(ends, reaches)]
-    image = Image.fromarray(np.ascontiguousarray(picture[firsts[0] : lasts[0], firsts[1] : lasts[1]]))
-    box = (ends[1][0] - firsts[1], ends[0][0] - firsts[0], ends[1][1] - firsts[1], ends[0][1] - firsts[0])
-    inside = (*box[:2], min(box[2], image.width), min(box[3], image.height))  # rounding may lead out by an epsilon
-    result = image.resize((columns.stop - columns.start, rows.stop - rows.start), Image.Resampling.BICUBIC, box=inside)
-    return np.asarray(result)
+    if cut.reduced == picture.shape[:2]:
+        return picture[cut.rows, cut.columns]
+    rows, columns, box = source_window(picture.shape, cut)
+    image = Image.fromarray(np.ascontiguousarray(picture[rows, columns]))
+    size = cut.columns.stop - cut.columns.start, cut.rows.stop - cut.rows.start
+    return np.asarray(image.resize(size, Image.Resampling.BICUBIC, box=box))
+
+
+def source_window(shape: tuple[int, ...], cut: Cut) -> tuple[slice, slice, tuple[float, float, float, float]]:
+    """Tell what of a photograph of (height, width) the region of a cut is made of.
+
+    Returns: its rows, its columns, and which part of them the region is: (left, top, right, bottom), fractional.
+    """
+    windows, starts, stops = [], [], []
+    for part, old, new in zip((cut.rows, cut.columns), shape, cut.reduced):
+        ratio = old / new
+        start, stop = part.start * ratio, part.stop * ratio
+        # The bicubic filter reaches two pixels of the reduction further; Pillow reads beyond the box if it can.
+        reach = math.ceil(2 * ratio) + 1
+        window = slice(max(0, int(start) - reach), min(old, math.ceil(stop) + reach))
+        windows.append(window)
+        starts.append(start - window.start)
+        # Rounding may lead out by an epsilon.
+        stops.append(min(stop - window.start, window.stop - window.start))
+    return windows[0], windows[1], (starts[1], starts[0], stops[1], stops[0])

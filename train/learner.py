@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .adversary import Adversary
+from .compiling import choose_forward
 from .devices import choose_autocast, choose_device, join_processes
 from .errors import CheckpointError, DivergedError, RecipeError, ResourceError
 from .losses import CombinedLoss, charbonnier
@@ -44,9 +45,12 @@ class Learner:
         self.ema = {key: value.detach().clone() for key, value in self.model.state_dict().items()}
         self.loss = CombinedLoss(recipe.loss, weights=weights).to(self.device).to(memory_format=torch.channels_last)
         self.teacher: Network | None = None
-        self.adversary = Adversary(recipe.adversarial, self.device) if recipe.adversarial.critic else None
+        self.adversary: Adversary | None = None
+        if recipe.adversarial.critic:
+            self.adversary = Adversary(recipe.adversarial, self.device, weights=weights)
         self.phase = recipe.stages[0].phases[0]
         self.optimizers: list[torch.optim.Optimizer] = []
+        self.forward: Callable[[Tensor, int], Tensor] = self.model  # in a phase on a GPU compiled
         self.done_steps = 0
         self.non_finite = self.skipped = 0
 
@@ -120,6 +124,7 @@ class Learner:
             parameter.requires_grad_(id(parameter) not in frozen and name not in self.fixed)
         self.set_mode()
         config = self.recipe.optimizer
+        self.forward = choose_forward(self.model, self.device)
         self.optimizers = [] if phase.kind == "critic" else make_optimizers(self.model, config, phase)
         if phase.kind != "generator":
             assert self.adversary is not None, "the recipe was checked"
@@ -136,9 +141,14 @@ class Learner:
                     module.train(any(id(parameter) in trained for parameter in module.parameters()))
 
     def enlarge(self, lr: Tensor, scale: int) -> Tensor:
-        """Run the network in the run's precision."""
+        """Run the network in the run's precision; as PyTorch has it, since pictures come in many sizes."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
             return self.model(lr, scale).float()
+
+    def enlarge_batch(self, lr: Tensor, scale: int) -> Tensor:
+        """Do what `enlarge` does with a batch of a phase, all of one size: compiled on a GPU."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+            return self.forward(lr, scale).float()
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Give the groups of all optimisers, to set their rates."""
@@ -155,7 +165,7 @@ class Learner:
         try:
             lr = lr.to(self.device, memory_format=torch.channels_last, non_blocking=True)
             hr = hr.to(self.device, memory_format=torch.channels_last, non_blocking=True)
-            loss, terms = self._losses(lr, hr)
+            loss, terms = self.losses(lr, hr)
             terms = self._descend(loss, terms)
         except (torch.OutOfMemoryError, RuntimeError) as exc:
             if not _is_memory_error(exc):
@@ -172,16 +182,16 @@ class Learner:
             self.adversary.take_turns(terms)
         return terms
 
-    def _losses(self, lr: Tensor, hr: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def losses(self, lr: Tensor, hr: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Give the loss of the network that learns in this step, and its terms."""
         if self.phase.kind == "critic":
             return self._judge(lr, hr)
         scale = hr.shape[-1] // lr.shape[-1]
         if self.phase.kind == "adversarial" and self.adversary and self.adversary.has_turn:
             with torch.no_grad():
-                sr = self.enlarge(lr, scale)
+                sr = self.enlarge_batch(lr, scale)
             return self._judge(sr, hr)
-        sr = self.enlarge(lr, scale)
+        sr = self.enlarge_batch(lr, scale)
         loss, terms = self.loss(sr, hr)
         for name, term in self.model.extra_terms().items():
             loss, terms = loss + term, terms | {name: term}
@@ -227,7 +237,7 @@ class Learner:
         while count:
             self.model.zero_grad(set_to_none=True)
             try:
-                self._losses(lr[:count], hr[:count])[0].backward()
+                self.losses(lr[:count], hr[:count])[0].backward()
                 return count * self.processes.count
             except (torch.OutOfMemoryError, RuntimeError) as exc:
                 if not _is_memory_error(exc):

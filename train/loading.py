@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
+from typing import Any
 
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 GRACE_SECONDS = 10
@@ -24,6 +24,16 @@ class Steps(Sampler[list[int]]):
             yield [step * self.batch + place for place in self.part]
 
 
+class Made(Dataset[Any]):
+    """What a function makes of an index."""
+
+    def __init__(self, make: Callable[[int], Any]):
+        self.make = make
+
+    def __getitem__(self, index: int) -> Any:
+        return self.make(index)
+
+
 def _leave_signals_to_the_parent(worker: int) -> None:
     """Outlive a signal sent to the whole process group for a while: the parent saves, and ends its workers then.
 
@@ -34,11 +44,19 @@ def _leave_signals_to_the_parent(worker: int) -> None:
 
 
 def batches(
-    dataset: Dataset[tuple[Tensor, Tensor]], steps: Steps, *, workers: int, pin: bool = False
-) -> Generator[tuple[Tensor, Tensor], None, None]:
-    """Yield the batches of steps: (N, 3, h, w) LR and (N, 3, H, W) HR. pin: in page-locked memory, for a GPU."""
+    dataset: Dataset[Any],
+    steps: Steps,
+    *,
+    workers: int,
+    pin: bool = False,
+    collate: Callable[[list[Any]], Any] | None = None,
+) -> Generator[Any, None, None]:
+    """Yield the batches of steps: samples of LR and HR as (N, 3, h, w) and (N, 3, H, W), others as `collate` says.
+
+    pin: in page-locked memory, for a GPU.
+    """
     # fork shares the decoded pictures with the workers; the start methods that pickle would copy them.
-    loader: DataLoader[tuple[Tensor, Tensor]] = DataLoader(
+    loader: DataLoader[Any] = DataLoader(
         dataset,
         batch_sampler=steps,
         num_workers=workers,
@@ -46,5 +64,6 @@ def batches(
         multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
         worker_init_fn=_leave_signals_to_the_parent,
         pin_memory=pin,
+        collate_fn=collate,
     )
     yield from loader

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from . import plots
 from .adversary import SavedResults, save_results
@@ -31,17 +30,18 @@ from .checkpoint import (
     stage_folder,
 )
 from .clock import Clock
-from .data import CropPairs, Photographs, read_photographs, split_validation
+from .data import CropPairs, Photographs, read_photographs, split_validation, to_floats
+from .device_data import StoredPhotographs, device_batches, store
 from .devices import Processes
 from .errors import CheckpointError, DivergedError, RecipeError
-from .feature_nets import RANDOM_WEIGHTS
 from .learner import Learner
-from .loading import Steps, batches
-from .models import Network, build_model
+from .loading import Made, Steps, batches
+from .models import Network
 from .pairs import read_pairs
 from .recipe import PhaseConfig, Recipe, StageConfig, differences, recipe_from_dict
 from .run_folder import append_log, cut_log, load_run, read_log, write_run
 from .schedule import schedule
+from .stages import last_stage, load_network, load_stage
 from .validation import to_batch, to_picture, validate
 
 LOG = logging.getLogger(__name__)
@@ -101,6 +101,7 @@ class Trainer(Learner):
         self.out, self.settings = out, settings
         self.position = (0, 0, 0)  # stage, phase, step within the phase
         self.best = -math.inf  # validation PSNR-Y
+        self.stored: StoredPhotographs | None = None  # photographs that lie in a GPU's memory
         self.facts: dict[str, Any] = {
             "recipe": asdict(recipe),
             "weights": weights.resolve().name if isinstance(weights, Path) else weights or "torchvision",
@@ -126,6 +127,8 @@ class Trainer(Learner):
             scales = self.recipe.model.scales
             photographs = read_pairs(low_resolution, data, scales=scales, smallest_side=largest, progress=progress)
         self.train_set, self.validation_set = split_validation(photographs, self.recipe.validation_pictures)
+        self.stored = store(self.train_set, self.device)
+        self.facts["samples"] = "cpu" if self.stored is None else self.device.type
         self.facts["data"] = data.resolve().name
         self.facts["fingerprint"] = photographs.fingerprint()
         self.facts["pictures"] = len(self.train_set)
@@ -146,7 +149,10 @@ class Trainer(Learner):
             source = load_bundle(run)
             self.facts["init"] = source.facts
         else:
-            source, self.facts["init"] = _last_stage(run)
+            recipe = load_run(run)
+            stage = last_stage(run, recipe)
+            source = load_stage(run, stage)
+            self.facts["init"] = _origin(run, recipe, stage, source.facts)
         self.start_from(source.group("model"))
 
     def learn_from_run(self, run: Path) -> None:
@@ -154,12 +160,13 @@ class Trainer(Learner):
 
         Raises: CheckpointError if there is none; RecipeError if it does not serve this recipe's scale.
         """
-        source, self.facts["teacher"] = _last_stage(run)
-        teacher = build_model(load_run(run).model, weights=RANDOM_WEIGHTS)
+        recipe = load_run(run)
+        stage = last_stage(run, recipe)
+        teacher, facts = load_network(run, recipe, stage)
+        self.facts["teacher"] = _origin(run, recipe, stage, facts)
         if not set(self.recipe.model.scales) <= set(teacher.scales):
             raise RecipeError(f"{run}: a teacher for {list(teacher.scales)}, not for {list(self.recipe.model.scales)}")
-        teacher.load_state_dict(source.group("model"))
-        self.teacher = teacher.to(self.device).to(memory_format=torch.channels_last).eval().requires_grad_(False)
+        self.teacher = teacher.to(self.device).to(memory_format=torch.channels_last).requires_grad_(False)
 
     def resume(self) -> bool:
         """Continue from the newest checkpoint in the run folder; False if there is none.
@@ -181,7 +188,7 @@ class Trainer(Learner):
                 f"{self.out} was made with another recipe or data ({'; '.join(changes)}); "
                 "go on with the same, or start anew with another --out (and --init to keep the weights)"
             )
-        for key in ("weights", "device", "processes", "precision"):
+        for key in ("weights", "device", "samples", "processes", "precision"):
             if facts.get(key, self.facts[key]) != self.facts[key]:
                 LOG.warning("%s: %s before, %s now; the run goes on, not bit for bit", key, facts[key], self.facts[key])
         self.facts |= {key: facts[key] for key in ("init", "teacher") if key in facts}
@@ -317,13 +324,18 @@ class Trainer(Learner):
         """Give the batches of a phase: LR and HR, in a critic's phase saved results and HR."""
         stage = self.recipe.stages[stage_index]
         entropy = (self.recipe.seed, stage_index, phase_index)
-        crops: Dataset[tuple[Tensor, Tensor]]
+        workers, pin = self.settings.workers, self.device.type == "cuda"
         if stage.phases[phase_index].kind == "critic":
-            crops = SavedResults(self._save_results(stage, entropy, steps.first), size=stage.size, entropy=entropy)
-        else:
-            scales, config = self.recipe.model.scales, self.recipe.degrade
-            crops = CropPairs(self.train_set, stage=stage, config=config, scales=scales, entropy=entropy)
-        return batches(crops, steps, workers=self.settings.workers, pin=self.device.type == "cuda")
+            results = SavedResults(self._save_results(stage, entropy, steps.first), size=stage.size, entropy=entropy)
+            yield from batches(results, steps, workers=workers, pin=pin)
+            return
+        scales, config = self.recipe.model.scales, self.recipe.degrade
+        crops = CropPairs(self.train_set, stage=stage, config=config, scales=scales, entropy=entropy)
+        if self.stored is not None:
+            yield from device_batches(self.stored, crops, steps, workers=workers)
+            return
+        for lr, hr in batches(Made(crops.pixels), steps, workers=workers, pin=pin):
+            yield to_floats(lr, self.device), to_floats(hr, self.device)
 
     def _save_results(
         self, stage: StageConfig, entropy: tuple[int, ...], done: int
@@ -383,20 +395,11 @@ class Trainer(Learner):
         return found.metrics
 
 
-def _last_stage(run: Path) -> tuple[Checkpoint, dict[str, Any]]:
-    """Read the last stage that a run has written, and tell where it comes from.
-
-    Raises: CheckpointError if it has written none.
-    """
-    names = [stage.name for stage in load_run(run).stages]
-    written = [name for name in names if stage_folder(run, name).exists()]
-    if not written:
-        raise CheckpointError(f"{run}: no stage of this run is finished, so there are no weights to start from")
-    source = load_checkpoint(stage_folder(run, written[-1]))
-    if written[-1] != names[-1] or not source.facts.get("complete", True):
-        LOG.warning("%s is not finished: starting from its stage %s as it stands", run, written[-1])
-    kept = ("command", "stage", "steps", "complete", "commit", "fingerprint")
-    return source, {key: source.facts.get(key) for key in kept}
+def _origin(run: Path, recipe: Recipe, stage: str, facts: dict[str, Any]) -> dict[str, Any]:
+    """Tell where weights come from: a stage of another run, and its facts."""
+    if stage != recipe.stages[-1].name or not facts.get("complete", True):
+        LOG.warning("%s is not finished: starting from its stage %s as it stands", run, stage)
+    return {key: facts.get(key) for key in ("command", "stage", "steps", "complete", "commit", "fingerprint")}
 
 
 def _as_now(recipe: Any) -> Any:

@@ -70,7 +70,17 @@ PIXEL_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "psnr": negative_psnr,
     "ssim": ssim_loss,
 }
-DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"l1": F.l1_loss, "mse": F.mse_loss}
+
+
+def unit_distance(a: Tensor, b: Tensor) -> Tensor:
+    """Mean over places of the squared distance between feature vectors, (N, C, H, W), that are scaled to length 1.
+
+    The form of LPIPS without its weights: Zhang et al., arXiv 1801.03924.
+    """
+    return (F.normalize(a, dim=1, eps=1e-6) - F.normalize(b, dim=1, eps=1e-6)).square().sum(dim=1).mean()
+
+
+DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"l1": F.l1_loss, "mse": F.mse_loss, "unit": unit_distance}
 
 LOG_SIDE, LOG_SIGMA = 15, 1.5
 
@@ -112,11 +122,41 @@ def block_colour(sr: Tensor, hr: Tensor) -> Tensor:
     return F.l1_loss(F.avg_pool2d(sr, 16), F.avg_pool2d(hr, 16))
 
 
+GRID, GRID_BLOCK = 4, 32  # pixels: the period of the fast tier's last pixel shuffle
+
+
+def grid(sr: Tensor, hr: Tensor) -> Tensor:
+    """Mean absolute difference between the 4x4 places of a pixel shuffle, each averaged over blocks of 32x32.
+
+    An error that repeats every 4 (or 2) pixels stays in these averages, any other leaves them. Deep features reward
+    such a pattern as if it were texture.
+    """
+    block = min(GRID_BLOCK, *(side // GRID * GRID for side in sr.shape[2:]))
+    height, width = (side // block * block for side in sr.shape[2:])
+    difference = sr[:, :, :height, :width] - hr[:, :, :height, :width]
+    repeats = block // GRID
+    # (N, C, H, W) -> (N, C, H/32, 8, 4, W/32, 8, 4): the means over 8x8 repeats
+    split = difference.unflatten(3, (-1, repeats, GRID)).unflatten(2, (-1, repeats, GRID))
+    places = split.mean(dim=(3, 6))  # (N, C, H/32, 4, W/32, 4)
+    return (places - places.mean(dim=(3, 5), keepdim=True)).abs().mean()
+
+
 def gram_matrix(features: Tensor) -> Tensor:
     """(N, C, H, W) -> (N, C, C): F F^T / (C H W), as in fastai's style term."""
     n, c, h, w = features.shape
     flat = features.reshape(n, c, h * w)
     return flat @ flat.transpose(1, 2) / (c * h * w)
+
+
+def _shifted(sr: Tensor, hr: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """Cut the same rows and columns, at random fewer than `most`, off top and left of both while a gradient is wanted.
+
+    A feature network's strides weigh some rows more than others: at a fixed place they would become a grid.
+    """
+    if most <= 1 or not sr.requires_grad:
+        return sr, hr
+    top, left = torch.randint(most, (2,)).tolist()
+    return sr[:, :, top:, left:], hr[:, :, top:, left:]
 
 
 class CombinedLoss(nn.Module):
@@ -154,10 +194,13 @@ class CombinedLoss(nn.Module):
             terms["luma"] = config.luma_weight * PIXEL_LOSSES[config.pixel](luma(sr), luma(hr))
         if config.colour_weight:
             terms["colour"] = config.colour_weight * block_colour(sr, hr)
+        if config.grid_weight:
+            terms["grid"] = config.grid_weight * grid(sr, hr)
         if config.hfen_weight:
             terms["hfen"] = config.hfen_weight * hfen(sr, hr)
         if self.features is not None:
             distance = DISTANCES[config.feature_distance]
+            sr, hr = _shifted(sr, hr, config.feature_shift)
             with torch.no_grad():
                 targets = self.features(hr)
             triples = list(zip(config.feature_weights, self.features(sr), targets, strict=True))

@@ -25,7 +25,8 @@ RECIPE_DIR = Path(__file__).parent / "recipes"
 RESIZE_FILTERS = ("bicubic", "bilinear")
 SCHEDULES = ("one-cycle", "constant")
 PHASE_KINDS = ("generator", "critic", "adversarial")
-DISTANCES = ("l1", "mse")
+MAX_NUMBER = 1e18  # what fits into 64 bits, and is no mistake of typing
+DISTANCES = ("l1", "mse", "unit")
 
 
 @dataclass(frozen=True)
@@ -73,9 +74,11 @@ class LossConfig:
     hfen_weight: of the distance between Laplacians of Gaussians, which sees edges alone.
     feature_layers: names in train.feature_nets, empty for the network's own default.
     feature_weights: one for each layer; the style term's weight is its square times `style_weight`.
-    feature_distance: "l1" or "mse", between features.
+    feature_distance: between features: "l1", "mse", or "unit", the squared distance of vectors scaled to length 1.
+    feature_shift: features are compared from a place that moves by fewer pixels than this at random.
     luma_weight: the pixel term once more, on BT.601 luma.
     colour_weight: L1 between 16x16 block means, which deep features hardly see.
+    grid_weight: of the error that repeats every 4 pixels, which perceptual terms invite.
     teacher_weight: Charbonnier distance to the result of another run's network (--teacher RUN).
     """
 
@@ -83,10 +86,12 @@ class LossConfig:
     pixel_weight: float = 1.0
     luma_weight: float = 0.0
     colour_weight: float = 0.0
+    grid_weight: float = 0.0
     teacher_weight: float = 0.0
     hfen_weight: float = 0.0
     feature_net: str = ""
     feature_distance: str = "l1"
+    feature_shift: int = 0
     feature_layers: tuple[str, ...] = ()
     feature_weights: tuple[float, ...] = (5.0, 15.0, 2.0)
     feature_weight: float = 1.0
@@ -243,6 +248,7 @@ def _check(recipe: Recipe) -> None:
     for name in ("jpeg_quality", "noise_sigma", "blur_sigma", "holes", "texts"):
         low, high = getattr(degrade, name)
         _expect(0 <= low <= high, f"degrade.{name}", "[lowest, highest], neither negative")
+    _expect(degrade.jpeg_quality[1] <= 100, "degrade.jpeg_quality", "at most 100")
     for name in ("jpeg", "noise", "blur", "holes", "text", "grey"):
         share = getattr(degrade, f"{name}_probability")
         _expect(0 <= share <= 1, f"degrade.{name}_probability", "a share from 0 to 1")
@@ -251,7 +257,20 @@ def _check(recipe: Recipe) -> None:
     _expect(optimizer.div > 0 and optimizer.final_div > 0, "optimizer", "div > 0 and final_div > 0")
     _expect(0 <= optimizer.warmup_share <= 1, "optimizer.warmup_share", "a share from 0 to 1")
     _expect(0 <= optimizer.ema_decay < 1, "optimizer.ema_decay", "0 <= ema_decay < 1")
+    for part, config in (("optimizer", optimizer), ("loss", recipe.loss), ("adversarial", recipe.adversarial)):
+        for name, value in vars(config).items():
+            if name.startswith("beta"):
+                _expect(0 <= value < 1, f"{part}.{name}", f"0 <= {name} < 1")
+            elif isinstance(value, float):  # rates and weights, of which a negative one would learn the contrary
+                _expect(value >= 0, f"{part}.{name}", "a number that is not negative")
+    _expect(all(weight >= 0 for weight in recipe.loss.feature_weights), "loss.feature_weights", "none negative")
+    smallest = min(stage.size for stage in recipe.stages)
+    _expect(0 <= recipe.loss.feature_shift < smallest, "loss.feature_shift", f"0 or more, less than {smallest}")
     _expect(recipe.model.scales, "model.scales", "at least one scale")
+    for where, options in (("model", recipe.model.options), ("adversarial", recipe.adversarial.options)):
+        for key, value in options.items():
+            least = 1 if key == "channels" else 0
+            _expect(type(value) is not int or value >= least, f"{where}.options.{key}", f"{least} or more")
     _expect(recipe.seed >= 0, "seed", "a number that is not negative")
     _expect(recipe.samples_per_epoch >= 0 and recipe.validation_pictures >= 0, "recipe", "counts >= 0")
 
@@ -284,10 +303,9 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     target: Any = values
     for part in parents:
         if isinstance(target, list):
-            try:
-                target = target[int(part)]
-            except (ValueError, IndexError) as exc:
-                raise RecipeError(f"--set {key}: {part!r} is not an index below {len(target)}") from exc
+            if not (part.isdecimal() and int(part) < len(target)):
+                raise RecipeError(f"--set {key}: {part!r} is not an index below {len(target)}")
+            target = target[int(part)]
         elif isinstance(target, dict):
             target = target.setdefault(part, {})
     if not isinstance(target, dict):
@@ -318,8 +336,10 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
         if not isinstance(value, dict):
             raise RecipeError(f"{where}: expected a table, got {value!r}")
         return dict(value)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+    if kind is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) <= MAX_NUMBER:
         return float(value)
     if type(value) is not kind:
-        raise RecipeError(f"{where}: expected {kind.__name__}, got {value!r}")
+        raise RecipeError(f"{where}: expected {kind.__name__}, got {value!r:.200}")
+    if kind in (int, float) and not abs(value) <= MAX_NUMBER:  # which nan is not, either
+        raise RecipeError(f"{where}: expected a number up to {MAX_NUMBER:.0e}, got {value:.6g}")
     return value

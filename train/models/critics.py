@@ -1,9 +1,13 @@
-"""Critics: networks that tell results from photographs, (N, 3, H, W) RGB in [0, 1] -> (N,) logits, high for real."""
+"""Critics: networks that tell results from photographs, (N, 3, H, W) RGB in [0, 1] -> logits, high for real.
+
+The logits are (N,), or (N, places) where each place is judged on its own.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
+from ..feature_nets import build_feature_net
 from .decoder import SelfAttention
 from .icnr import zero_bias_
 from .named import build_named
@@ -91,12 +96,49 @@ class SRGANCritic(nn.Module):
         return self.last(F.leaky_relu(self.dense(x), SLOPE)).squeeze(1)
 
 
-CRITICS: dict[str, Callable[..., nn.Module]] = {"unet-critic": UNetCritic, "srgan": SRGANCritic}
+class FeatureCritic(nn.Module):
+    """Judges the features of a frozen, pretrained network: each layer's with two convolutions of its own.
+
+    It need not learn first what photographs are made of, and is of use within some hundred steps.
+    features, layers: a network and its layers, as a recipe's loss.feature_net and loss.feature_layers.
+    channels: of the hidden convolution.
+    Source: Sauer et al., "Projected GANs converge faster", arXiv 2111.01007, without its random projections.
+    """
+
+    def __init__(
+        self,
+        *,
+        weights: Path | str | None,
+        features: str = "resnet18",
+        layers: tuple[str, ...] = ("relu", "layer1", "layer2"),
+        channels: int = 64,
+    ):
+        super().__init__()
+        self.features = build_feature_net(features, layers=layers, weights=weights)
+        with torch.no_grad():
+            widths = [each.shape[1] for each in self.features(torch.zeros(1, 3, 64, 64))]
+        self.heads = nn.ModuleList(
+            nn.Sequential(_spectral(width, channels, 3), nn.LeakyReLU(SLOPE), _spectral(channels, 1, 3))
+            for width in widths
+        )
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        maps = self.features(pictures)
+        # Vectors of length 1, as the loss compares them, times sqrt(C): a mean square of 1.
+        scaled = [F.normalize(each.float(), dim=1, eps=1e-6) * each.shape[1] ** 0.5 for each in maps]
+        return torch.cat([head(each).flatten(1) for head, each in zip(self.heads, scaled, strict=True)], dim=1)
 
 
-def build_critic(name: str, options: Mapping[str, Any]) -> nn.Module:
+CRITICS: dict[str, Callable[..., nn.Module]] = {
+    "unet-critic": UNetCritic, "srgan": SRGANCritic, "features": FeatureCritic,
+}  # fmt: skip
+
+
+def build_critic(name: str, options: Mapping[str, Any], *, weights: Path | str | None = None) -> nn.Module:
     """Build the critic that a recipe names, at random weights.
 
-    Raises: RecipeError for an unknown name or option.
+    weights: of the feature network that a critic may stand on, as in feature_nets.load_pretrained.
+    Raises: RecipeError for an unknown name or option; WeightsError if pretrained weights cannot be had.
     """
-    return build_named(CRITICS, name, options, what="critic")
+    given = {"weights": weights} if name == "features" else {}
+    return build_named(CRITICS, name, options, what="critic", **given)

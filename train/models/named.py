@@ -29,5 +29,5 @@ def build_named(
     values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in options.items()}
     try:
         return builder(**given, **values)
-    except (TypeError, ValueError) as exc:
+    except (TypeError, ValueError, IndexError) as exc:
         raise RecipeError(f"{what} {name}: {exc}") from exc
