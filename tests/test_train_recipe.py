@@ -16,9 +16,8 @@ from train.run_folder import append_log, cut_log, load_run, read_log, write_run
 
 def test_shipped_recipes() -> None:
     assert recipe_names() == [
-        "autoencoder", "autoencoder-hfen", "autoencoder-ssim", "fast", "fast-perceptual", "fast-restore",
-        "fast-wide", "fast-x4", "perceptual-unet", "resnet18-residual", "srgan", "srgan-mse", "unet-gan", "unet-mse",
-        "unet-transpose", "vae",
+        "autoencoder", "autoencoder-hfen", "autoencoder-ssim", "fast", "fast-perceptual", "fast-wide", "fast-x4",
+        "perceptual-unet", "resnet18-residual", "srgan", "srgan-mse", "unet-gan", "unet-mse", "unet-transpose", "vae",
     ]  # fmt: skip
 
 
@@ -57,11 +56,6 @@ def test_fast_perceptual_goes_on_from_fast() -> None:
     assert tuned.loss.pixel_weight and tuned.loss.colour_weight
     assert tuned.loss.feature_net != "squeezenet1_1"  # which measures the result
     assert tuned.loss.grid_weight and tuned.loss.feature_shift
-
-
-def test_fast_restore_goes_on_from_fast() -> None:
-    fast, restoring = load_recipe("fast"), load_recipe("fast-restore")
-    assert replace(restoring.model, scales=(2,)) == fast.model and restoring.model.scales == (1,)
 
 
 def test_a_recipe_is_read_from_a_file(tmp_path: Path) -> None:
