@@ -212,7 +212,7 @@ def test_every_stage_becomes_a_model(fast, tmp_path):
     assert write_repository(fast, tmp_path / "last", Options(stage="auto")) == ["fast-x2-192"]
     assert write_repository(fast, tmp_path / "one", Options(stage="96")) == ["fast-x2-96"]
     files = sorted(path.relative_to(tmp_path / "one").as_posix() for path in (tmp_path / "one").rglob("*.*"))
-    assert files == ["fast-x2-96/1/96.weights", "fast-x2-96/1/model.onnx", "fast-x2-96/config.pbtxt"]
+    assert files == ["fast-x2-96/1/96.safetensors", "fast-x2-96/1/model.onnx", "fast-x2-96/config.pbtxt"]
     assert not any(path.is_symlink() for path in tmp_path.rglob("*"))
 
 
