@@ -17,15 +17,17 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from train.checkpoint import latest_checkpoint, load_checkpoint, stage_folder
+from train.data import Photographs
 from train.devices import choose_device
 from train.errors import CheckpointError, DivergedError, RecipeError, ResourceError, TrainError
 from train.find_rate import find_rate
 from train.learner import MAX_NON_FINITE
 from train.loop import Progress, Settings, Trainer, phase_steps
+from train.models import Network
 from train.models.perceptual_unet import RESNET18_FILE, PerceptualUNet
-from train.recipe import PhaseConfig, Recipe, StageConfig, load_recipe, recipe_from_dict
+from train.recipe import DegradeConfig, PhaseConfig, Recipe, StageConfig, load_recipe, recipe_from_dict
 from train.run_folder import load_run, read_log
-from train.validation import psnr_y
+from train.validation import mse_y, psnr_y, validate
 
 TINY: dict[str, Any] = {
     "name": "tiny",
@@ -473,3 +475,29 @@ def test_psnr_y_of_a_known_difference():
     assert psnr_y(grey, hr, shave=2) == pytest.approx(20 * np.log10(255 / 1.717647), abs=1e-4)
     grey[0], grey[:, -2:] = 255, 255
     assert psnr_y(grey, hr, shave=2) == pytest.approx(43.4322, abs=1e-3)
+
+
+class Unchanged(Network):
+    """Gives what it gets."""
+
+    scales = (1,)
+
+    def forward(self, lr: Tensor, scale: int) -> Tensor:
+        return lr
+
+    def stride(self, scale: int) -> int:
+        return 1
+
+
+def test_a_picture_without_damage_does_not_decide_the_validation(make_photo):
+    pictures = tuple(make_photo(64, 64, seed) for seed in range(6))
+    photographs = Photographs(tuple(Path(f"{index}.png") for index in range(6)), pictures)
+    config = DegradeConfig(noise_probability=0.5, noise_sigma=(5.0, 5.0))
+    found = validate(
+        Unchanged(), photographs, loss=lambda sr, hr: ((sr - hr).abs().mean(), {}), config=config, seed=1,
+        device=torch.device("cpu"), autocast=False,
+    )  # fmt: skip
+    errors = [mse_y(sr, hr, shave=1) for _, sr, hr in found.rows]
+    assert min(errors) == 0 and max(errors) > 5
+    assert found.metrics["psnr_y"] == pytest.approx(10 * np.log10(255**2 / np.mean(errors)))
+    assert "mse_y" not in found.metrics

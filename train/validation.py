@@ -21,7 +21,8 @@ LUMA = np.array([65.481, 128.553, 24.966]) / 255  # BT.601, limited range
 class Look:
     """Means over the validation pictures, and the first of them: LR, result and HR, uint8 RGB.
 
-    metrics: "psnr_y" in dB, "colour_drift" in code values, and each loss term.
+    metrics: "psnr_y" in dB, "colour_drift" in code values, and each loss term. The PSNR is that of the mean of the
+    pictures' squared errors: one that no damage met, whose own PSNR is infinite, must not outweigh all others.
     """
 
     metrics: dict[str, float]
@@ -54,10 +55,11 @@ def validate(
         _, terms = loss(result, to_batch(hr, device))
         sr = to_picture(result[0])
         values = {name: float(term) for name, term in terms.items()}
-        values |= {"psnr_y": psnr_y(sr, hr, shave=scale), "colour_drift": colour_drift(sr, hr)}
+        values |= {"mse_y": mse_y(sr, hr, shave=scale), "colour_drift": colour_drift(sr, hr)}
         sums = {name: sums.get(name, 0.0) + value for name, value in values.items()}
         rows.append((lr, sr, hr))
-    return Look({name: total / len(photographs) for name, total in sums.items()}, rows)
+    metrics = {name: total / len(photographs) for name, total in sums.items()}
+    return Look(metrics | {"psnr_y": _decibels(metrics.pop("mse_y"))}, rows)
 
 
 def to_batch(picture: np.ndarray, device: torch.device) -> Tensor:
@@ -72,8 +74,17 @@ def to_picture(tensor: Tensor) -> np.ndarray:
 
 def psnr_y(sr: np.ndarray, hr: np.ndarray, *, shave: int) -> float:
     """PSNR in dB on BT.601 limited-range luma, `shave` pixels cut off each side; (H, W, 3) uint8 both."""
+    return _decibels(mse_y(sr, hr, shave=shave))
+
+
+def mse_y(sr: np.ndarray, hr: np.ndarray, *, shave: int) -> float:
+    """Mean squared error on BT.601 limited-range luma, in squared code values; as psnr_y."""
     difference = ((sr.astype(np.float64) - hr) @ LUMA)[shave:-shave, shave:-shave]
-    return float(10 * np.log10(255**2 / max(np.mean(difference**2), 1e-12)))
+    return float(np.mean(difference**2))
+
+
+def _decibels(mse: float) -> float:
+    return float(10 * np.log10(255**2 / max(mse, 1e-12)))
 
 
 def colour_drift(sr: np.ndarray, hr: np.ndarray) -> float:
