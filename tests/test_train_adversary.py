@@ -71,6 +71,25 @@ def test_each_phase_trains_what_it_says(photo_folder: Path, tmp_path: Path) -> N
     assert trainer.finished
 
 
+def test_the_critic_goes_on_in_a_second_adversarial_phase(photo_folder: Path, tmp_path: Path) -> None:
+    phases = [{"name": name, "epochs": 1.0, "kind": "adversarial"} for name in ("first", "second")]
+    stages = [{"name": "64", "size": 64, "batch": 2, "phases": phases}]
+    recipe = recipe_from_dict(TINY | {"stages": stages})
+    trainer = make_trainer(photo_folder, tmp_path / "whole", recipe=recipe)
+    trainer.train(stop=lambda: trainer.done_steps == 4)
+    before = weights_of(trainer)
+    trainer.train()
+    after = weights_of(trainer)
+    learned = {name for name in after if name.startswith("critic.") and name.endswith(("weight", "original"))}
+    assert learned and all(not torch.equal(after[name], before[name]) for name in learned)
+    make_trainer(photo_folder, tmp_path / "parts", recipe=recipe, max_steps=6).train()
+    resumed = make_trainer(photo_folder, tmp_path / "parts", recipe=recipe)
+    assert resumed.resume()
+    resumed.train()
+    other = weights_of(resumed)
+    assert all(torch.equal(after[name], other[name]) for name in after)
+
+
 def test_the_critic_learns_to_tell_results_from_photographs() -> None:
     """Of pictures with hard edges and the same without."""
     torch.manual_seed(0)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +32,10 @@ class Adversary:
         self.config = config
         critic = build_critic(config.critic, config.options, weights=weights)
         self.critic = critic.to(device).to(memory_format=torch.channels_last)
-        self._trained = [parameter for parameter in critic.parameters() if parameter.requires_grad]
         self.has_turn = True
 
     def judge(self, sr: Tensor, hr: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Give the critic's loss: binary cross-entropy on results, which are 0, and photographs, which are 1."""
-        self._require_gradients(True)
         false, true = self.critic(sr).float(), self.critic(hr).float()
         loss = (
             F.binary_cross_entropy_with_logits(false, torch.zeros_like(false))
@@ -46,16 +45,24 @@ class Adversary:
 
     def persuade(self, sr: Tensor, content: Tensor, terms: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Give the network's loss: the recipe's, and what is lacking until its results pass for photographs."""
-        self._require_gradients(False)
-        verdict = self.critic(sr).float()
+        with self._held_still():
+            verdict = self.critic(sr).float()
         adversarial = self.config.weight * F.binary_cross_entropy_with_logits(verdict, torch.ones_like(verdict))
         weight = self.config.content_weight
         scaled = {name: weight * term for name, term in terms.items()}
         return weight * content + adversarial, scaled | {"adversarial": adversarial}
 
-    def _require_gradients(self, value: bool) -> None:
-        for parameter in self._trained:
-            parameter.requires_grad_(value)
+    @contextmanager
+    def _held_still(self) -> Iterator[None]:
+        """Leave the critic without gradients from what runs inside; outside, its optimisers find their parameters."""
+        trained = [parameter for parameter in self.critic.parameters() if parameter.requires_grad]
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in trained:
+                parameter.requires_grad_(True)
 
     def take_turns(self, terms: dict[str, Tensor]) -> None:
         """Pass the turn on after a step: the critic keeps it until its loss is below the threshold."""
