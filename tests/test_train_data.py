@@ -19,7 +19,6 @@ from train.data import (
     CropPairs,
     PairedPhotographs,
     Photographs,
-    paired_crop,
     random_pair,
     read_photographs,
     split_validation,
@@ -341,7 +340,7 @@ def test_paired_crops_are_of_one_place(scale: int, make_photo: MakePhoto) -> Non
     size = 16 * scale
     places = set()
     for seed in range(60):
-        lr, hr = paired_crop(pairs.lr_pictures[0], pairs.pictures[0], size=size, scale=scale, rng=rng(seed))
+        lr, hr = pairs.cut(0, size=size, scale=scale, config=CLEAN, rng=rng(seed))
         assert lr.shape == (16, 16, 3) and hr.shape == (size, size, 3)
         generator = rng(seed)
         top, left = int(generator.integers(0, 9)), int(generator.integers(0, 17))
@@ -359,7 +358,8 @@ def test_paired_crops_are_of_one_place(scale: int, make_photo: MakePhoto) -> Non
 
 def test_a_paired_crop_may_be_the_whole_picture(make_photo: MakePhoto) -> None:
     hr = make_photo(64, 64, 0)
-    lr, cut = paired_crop(hr[::2, ::2], hr, size=64, scale=2, rng=rng())
+    pair = PairedPhotographs((Path("a.png"),), (hr,), lr_pictures=(hr[::2, ::2],))
+    lr, cut = pair.cut(0, size=64, scale=2, config=CLEAN, rng=rng())
     assert lr.shape == (32, 32, 3) and sorted(cut.ravel()) == sorted(hr.ravel())
 
 

@@ -321,19 +321,8 @@ def apply_cut(picture: np.ndarray, cut: Cut) -> tuple[np.ndarray, np.ndarray]:
     return _turned(lr, region[cut.above : cut.above + cut.size, cut.before : cut.before + cut.size], cut)
 
 
-def paired_crop(
-    lr: np.ndarray, hr: np.ndarray, *, size: int, scale: int, rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray]:
-    """Cut the same place out of both pictures of a pair, at random, and flip or turn both.
-
-    lr: (h, w, 3) uint8. hr: (h*scale, w*scale, 3) uint8, both sides at least `size`.
-    Returns: LR (size/scale, size/scale, 3) and HR (size, size, 3), uint8.
-    """
-    return _contiguous(apply_paired_cut(lr, hr, draw_paired_cut(lr.shape[:2], size=size, scale=scale, rng=rng)))
-
-
 def apply_paired_cut(lr: np.ndarray, hr: np.ndarray, cut: Cut) -> tuple[np.ndarray, np.ndarray]:
-    """Make of a pair what was drawn for it: LR and HR as from paired_crop, views."""
+    """Make of a pair what was drawn for it: views of the same place of (h, w, 3) and (h*scale, w*scale, 3) uint8."""
     assert hr.shape[:2] == cut.reduced, (hr.shape, cut)
     top, left, side = cut.rows.start // cut.scale, cut.columns.start // cut.scale, cut.size // cut.scale
     return _turned(lr[top : top + side, left : left + side], hr[cut.rows, cut.columns], cut)

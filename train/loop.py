@@ -41,7 +41,7 @@ from .pairs import read_pairs
 from .recipe import PhaseConfig, Recipe, StageConfig, differences, recipe_from_dict
 from .run_folder import append_log, cut_log, load_run, read_log, write_run
 from .schedule import schedule
-from .stages import last_stage, load_network, load_stage
+from .stages import last_stage, load_network
 from .validation import to_batch, to_picture, validate
 
 LOG = logging.getLogger(__name__)
@@ -151,7 +151,7 @@ class Trainer(Learner):
         else:
             recipe = load_run(run)
             stage = last_stage(run, recipe)
-            source = load_stage(run, stage)
+            source = load_checkpoint(stage_folder(run, stage))
             self.facts["init"] = _origin(run, recipe, stage, source.facts)
         self.start_from(source.group("model"))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import Checkpoint, load_checkpoint, stage_folder
+from .checkpoint import load_checkpoint, stage_folder
 from .errors import CheckpointError
 from .feature_nets import RANDOM_WEIGHTS
 from .models import Network, build_model
@@ -23,20 +23,12 @@ def last_stage(run: Path, recipe: Recipe) -> str:
     return written[-1]
 
 
-def load_stage(run: Path, stage: str) -> Checkpoint:
-    """Read a stage's weights (group "model") and facts.
-
-    Raises: CheckpointError if they cannot be read.
-    """
-    return load_checkpoint(stage_folder(run, stage))
-
-
 def load_network(run: Path, recipe: Recipe, stage: str) -> tuple[Network, dict[str, Any]]:
     """Build a run's network with the weights of a stage, in eval mode; and the stage's facts.
 
     Raises: CheckpointError if they cannot be read, or do not fit the recipe.
     """
-    checkpoint = load_stage(run, stage)
+    checkpoint = load_checkpoint(stage_folder(run, stage))
     network = build_model(recipe.model, weights=RANDOM_WEIGHTS)
     try:
         network.load_state_dict(checkpoint.group("model"))
