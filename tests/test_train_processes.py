@@ -60,7 +60,7 @@ def test_two_processes_give_the_losses_of_one(photo_folder: Path, tmp_path: Path
     weights = [load_checkpoint(stage_folder(run, "32")).group("model") for run in (one, two)]
     for name, value in weights[0].items():
         distance = (value - weights[1][name]).norm() / value.norm().clamp(min=1e-3)
-        assert distance < 0.02, f"{name}: sums in another order, of which Muon makes much"
+        assert distance < 0.001, f"{name}: sums in another order"
     facts = json.loads((two / "run.json").read_text())
     assert facts["processes"] == 2
 

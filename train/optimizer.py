@@ -21,19 +21,31 @@ ITERATIONS = 5
 def orthogonalise(matrices: Tensor) -> Tensor:
     """Replace each matrix by nearly the orthogonal factor of its polar decomposition.
 
-    matrices: (N, rows, columns). Returns: the same shape, float32; computed in bfloat16.
+    matrices: (N, rows, columns) float32. Returns: the same shape.
     Source: Jordan et al., "Muon: an optimizer for hidden layers in neural networks" (2024).
     """
-    a, b, c = NEWTON_SCHULZ
-    x = matrices.to(torch.bfloat16)
-    tall = x.shape[1] > x.shape[2]
-    if tall:
-        x = x.mT
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.mT if tall else matrices
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    for _ in range(ITERATIONS):
-        gram = torch.bmm(x, x.mT.contiguous())
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return (x.mT if tall else x).float()
+    # Each step is x <- polynomial(x x^T) x. All polynomials of one matrix commute: their product is gathered with
+    # small square matrices, and the long ones are multiplied twice instead of ten times. In bfloat16 the squares of
+    # small singular values would drown.
+    gram = torch.bmm(x, x.mT)
+    polynomial = product = _polynomial(gram)
+    for _ in range(ITERATIONS - 1):
+        gram = torch.bmm(torch.bmm(polynomial, gram), polynomial)
+        polynomial = _polynomial(gram)
+        product = torch.bmm(polynomial, product)
+    x = torch.bmm(product, x)
+    return x.mT if tall else x
+
+
+def _polynomial(gram: Tensor) -> Tensor:
+    """Give a + b*gram + c*gram^2 of each matrix."""
+    a, b, c = NEWTON_SCHULZ
+    result = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+    result.diagonal(dim1=1, dim2=2).add_(a)
+    return result
 
 
 class Muon(torch.optim.Optimizer):
@@ -49,25 +61,30 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # no closure is ever given
         """Take one step with the gradients at hand."""
         for group in self.param_groups:
-            momentum = group["betas"][0]
-            by_shape: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = defaultdict(list)
+            # One call for all parameters of a shape: they are small, and a call for each costs more than its work.
+            by_shape: dict[tuple[int, ...], list[Tensor]] = defaultdict(list)
             for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                state = self.state[parameter]
-                if not state:
-                    state["momentum"] = torch.zeros_like(parameter)
-                state["momentum"].lerp_(parameter.grad, 1 - momentum)
-                update = parameter.grad.lerp(state["momentum"], momentum)
-                rows = parameter.shape[0]
-                by_shape[rows, parameter.numel() // rows].append((parameter, update.reshape(rows, -1)))
-            # One batched product for each shape: the matrices are small, and a call for each costs more than its work.
-            for (rows, columns), members in by_shape.items():
-                updates = orthogonalise(torch.stack([update for _, update in members]))
-                rate = group["lr"] * max(1.0, rows / columns) ** 0.5
-                for (parameter, _), update in zip(members, updates, strict=True):
-                    parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                    parameter.add_(update.view(parameter.shape), alpha=-rate)
+                if parameter.grad is not None:
+                    by_shape[tuple(parameter.shape)].append(parameter)
+            for parameters in by_shape.values():
+                updates = self._nesterov(parameters, group["betas"][0])
+                # Channels last, as they lie in memory; the order of a matrix's columns changes nothing.
+                matrices = torch.stack([update.movedim(1, -1) for update in updates])
+                flat = orthogonalise(matrices.flatten(2))
+                rate = group["lr"] * max(1.0, flat.shape[1] / flat.shape[2]) ** 0.5
+                if group["weight_decay"]:
+                    torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+                steps = flat.view(matrices.shape).movedim(-1, 2).unbind()
+                torch._foreach_add_(parameters, steps, alpha=-rate)
+
+    def _nesterov(self, parameters: list[Tensor], momentum: float) -> tuple[Tensor, ...]:
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        for parameter in parameters:
+            if not self.state[parameter]:
+                self.state[parameter]["momentum"] = torch.zeros_like(parameter)
+        means = [self.state[parameter]["momentum"] for parameter in parameters]
+        torch._foreach_lerp_(means, gradients, 1 - momentum)
+        return torch._foreach_lerp(gradients, means, momentum)
 
 
 def make_optimizers(network: nn.Module, config: OptimizerConfig, phase: PhaseConfig) -> list[torch.optim.Optimizer]:
