@@ -120,11 +120,11 @@ def test_fold_keeps_the_output(attention: bool) -> None:
     assert (before - after).abs().max() <= 1e-5 * max(1.0, float(before.abs().max()))
 
 
-@pytest.mark.parametrize("scale", [1, 2, 4])
-def test_fast_unet_starts_as_interpolation(scale: int) -> None:
-    model = FastUNet(scale, channels=8)
+@pytest.mark.parametrize(("scale", "cell"), [(1, 4), (2, 4), (4, 4), (1, 2), (2, 2)])
+def test_fast_unet_starts_as_interpolation(scale: int, cell: int) -> None:
+    model = FastUNet(scale, channels=8, cell=cell)
     stride = model.stride(scale)
-    assert stride * scale == 16
+    assert stride * scale == 4 * cell
     picture = torch.rand(1, 3, stride * 2, stride * 3)
     expected = picture
     if scale > 1:
@@ -142,6 +142,17 @@ def test_fast_head_is_pixel_unshuffle_and_a_3x3_convolution(scale: int) -> None:
     picture = torch.rand(1, 3, 32, 48)
     expected = F.conv2d(F.pixel_unshuffle(picture, factor), weight, head.bias, padding=1)
     torch.testing.assert_close(head(picture), expected, rtol=0, atol=1e-5)  # sums in another order
+
+
+def test_a_cell_of_fast_unet_holds_whole_input_pixels() -> None:
+    for scale, cell in ((4, 2), (2, 3), (2, 0)):
+        with pytest.raises(ValueError, match=f"a cell is a multiple of the scale, {scale}, not {cell}"):
+            FastUNet(scale, cell=cell)
+
+
+def test_fast_unet_does_not_grow_from_another_cell() -> None:
+    assert FastUNet(2, channels=8, cell=2).grow(FastUNet(2, channels=8).state_dict()) is None
+    assert FastUNet(2, channels=8).grow(FastUNet(2, channels=8, cell=2).state_dict()) is None
 
 
 def test_fast_unet_refuses_another_scale() -> None:
@@ -168,7 +179,7 @@ def test_networks_share_one_base() -> None:
     ("config", "message"),
     [
         (ModelConfig(name="fsat"), "unknown model 'fsat': one of fast, perceptual-unet"),
-        (ModelConfig(options={"width": 3}), "model options: fast knows blocks, channels, not width"),
+        (ModelConfig(options={"width": 3}), "model options: fast knows blocks, cell, channels, not width"),
         (ModelConfig(scales=(1, 2)), "one scale for each network"),
         (ModelConfig(scales=(3,)), "enlarges by 1, 2 or 4, not 3"),
         (ModelConfig(options={"channels": "many"}), "model fast: "),

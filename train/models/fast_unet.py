@@ -1,4 +1,4 @@
-"""The fast tier: a conv-only three-level U-Net whose trunk works at a quarter of the output size."""
+"""The fast tier: a conv-only three-level U-Net whose trunk works at a fraction of the output size."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from torch import Tensor, nn
 
 from .icnr import icnr_, zero_bias_
 from .network import Network
-
-OUTPUT_FACTOR = 4  # the trunk's pixel covers 4x4 pixels of the output
 
 
 class ResidualBlock(nn.Module):
@@ -49,21 +47,24 @@ def _blocks(channels: int, count: int) -> nn.Sequential:
 
 
 class FastUNet(Network):
-    """Enlarge by 1, 2 or 4 with a residual U-Net over PixelUnshuffle(4/scale) of the input.
+    """Enlarge by 1, 2 or 4 with a residual U-Net over PixelUnshuffle(cell/scale) of the input.
 
     channels: width of the first level; the next two have twice and four times as many.
     blocks: residual blocks at each level (on both sides for the first two).
+    cell: a pixel of the trunk covers cell x cell pixels of the output; half of it costs four times as much.
     Input: (N, 3, h, w) float RGB in [0, 1], h and w multiples of `stride`.
     Output: (N, 3, h*scale, w*scale) float RGB, not clamped.
     Source: SEEDS, system H.
     """
 
-    def __init__(self, scale: int = 2, *, channels: int = 32, blocks: tuple[int, int, int] = (2, 2, 2)):
+    def __init__(self, scale: int = 2, *, channels: int = 32, blocks: tuple[int, int, int] = (2, 2, 2), cell: int = 4):
         super().__init__()
         if scale not in (1, 2, 4):
             raise ValueError(f"FastUNet enlarges by 1, 2 or 4, not {scale}")
-        self.scales = (scale,)
-        unshuffle = OUTPUT_FACTOR // scale
+        if cell < scale or cell % scale:
+            raise ValueError(f"a cell is a multiple of the scale, {scale}, not {cell}")
+        self.scales, self.cell = (scale,), cell
+        unshuffle = cell // scale
         c = channels
         # PixelUnshuffle(r) and a 3x3 convolution, written as one convolution of 3r x 3r with stride r:
         # the same function and parameters, and one node in the deployed graph.
@@ -77,8 +78,8 @@ class FastUNet(Network):
         self.decoder2 = _blocks(c * 2, blocks[1])
         self.up1 = Up(c * 2)
         self.decoder1 = _blocks(c, blocks[0])
-        self.tail = nn.Conv2d(c, 3 * OUTPUT_FACTOR**2, 3, padding=1)
-        self.shuffle = nn.PixelShuffle(OUTPUT_FACTOR)
+        self.tail = nn.Conv2d(c, 3 * cell**2, 3, padding=1)
+        self.shuffle = nn.PixelShuffle(cell)
         for conv in (self.head, self.down1, self.down2):
             nn.init.kaiming_normal_(conv.weight, nonlinearity="linear")
             zero_bias_(conv)
@@ -87,7 +88,7 @@ class FastUNet(Network):
 
     def stride(self, scale: int) -> int:
         """Give the grid, in LR pixels: three levels, so two halvings below the trunk."""
-        return 4 * OUTPUT_FACTOR // scale
+        return 4 * self.cell // scale
 
     def hidden_weights(self) -> list[Tensor]:
         """Every convolution but the ones that meet pixels."""
@@ -107,6 +108,8 @@ class FastUNet(Network):
             old = weights.get(key)
             if old is not None and key == "head.weight":
                 old = _resample(old, value.shape[-1])
+            if old is not None and key.startswith("tail.") and len(old) != len(value):
+                return None  # of another cell
             if old is None:
                 if ".conv2." not in key:
                     continue  # of a new block, which adds nothing yet
@@ -121,7 +124,7 @@ class FastUNet(Network):
     def forward(self, lr: Tensor, scale: int) -> Tensor:
         if scale not in self.scales:
             raise ValueError(f"this network enlarges by {self.scales[0]}, not {scale}")
-        level1 = self.encoder1(self.head(lr))  # (N, c, H/4, W/4) of the output size H x W
+        level1 = self.encoder1(self.head(lr))  # (N, c, H/cell, W/cell) of the output size H x W
         level2 = self.encoder2(self.down1(level1))
         level3 = self.bottom(self.down2(level2))
         level2 = self.decoder2(self.up2(level3) + level2)
@@ -148,9 +151,14 @@ def _resample(kernel: Tensor, size: int) -> Tensor | None:
 
 
 def build_fast_unet(
-    *, scales: tuple[int, ...], weights: object, channels: int = 32, blocks: tuple[int, int, int] = (2, 2, 2)
+    *,
+    scales: tuple[int, ...],
+    weights: object,
+    channels: int = 32,
+    blocks: tuple[int, int, int] = (2, 2, 2),
+    cell: int = 4,
 ) -> FastUNet:
     """Build a FastUNet; it serves one scale and starts from no pretrained weights."""
     if len(scales) != 1:
         raise ValueError(f"one scale for each network, got {list(scales)}")
-    return FastUNet(scales[0], channels=channels, blocks=blocks)
+    return FastUNet(scales[0], channels=channels, blocks=blocks, cell=cell)
