@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from train.errors import RecipeError
 from train.loop import Settings, Trainer
 from train.recipe import AdversarialConfig, Recipe, recipe_from_dict
 from train.run_folder import read_log
+from train.schedule import schedule
 
 TINY: dict[str, Any] = {
     "name": "tiny-gan",
@@ -131,6 +133,54 @@ def test_results_are_saved_and_read_again(photo_folder: Path, tmp_path: Path) ->
     resumed.resume()
     resumed.train()
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / FAKES).iterdir()} == saved
+
+
+def test_a_run_begun_anew_takes_no_results_of_another(photo_folder: Path, tmp_path: Path) -> None:
+    """The first phase is a critic's: nothing but the results themselves tells which network made them."""
+    first_phase = TINY["stages"][0] | {"phases": TINY["stages"][0]["phases"][1:]}
+    recipe = recipe_from_dict(TINY | {"stages": [first_phase]})
+    trainer = make_trainer(photo_folder, tmp_path, recipe=recipe)
+    trainer.begin()
+    trainer.train(stop=lambda: trainer.done_steps == 1)
+    results = sorted((tmp_path / FAKES).iterdir())
+    for path in results:
+        path.write_bytes(b"of another network")
+    shutil.rmtree(tmp_path / "checkpoints")
+    again = make_trainer(photo_folder, tmp_path, recipe=recipe)
+    assert not again.resume()
+    again.begin()
+    again.train(stop=lambda: again.done_steps == 1)
+    assert not any(path.read_bytes() == b"of another network" for path in results)
+
+
+def test_a_critic_that_needs_larger_crops_is_told_at_once(tmp_path: Path) -> None:
+    recipe = recipe_from_dict(
+        TINY | {"adversarial": {"critic": "unet-critic", "options": {"blocks": 4, "channels": 8}}}
+    )
+    with pytest.raises(RecipeError, match="stage '64': size 64, and the critic needs 128 pixels a side"):
+        Trainer(recipe, tmp_path, weights="random", settings=Settings(device="cpu"))
+
+
+def test_rates_and_moments_are_the_schedules_and_in_adversarial_phases_constant(
+    photo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make_trainer(photo_folder, tmp_path)
+    seen: list[tuple[str, float, float]] = []
+    step = trainer.step
+
+    def noted(*args: Any) -> Any:
+        group = trainer.parameter_groups()[0]
+        seen.append((trainer.phase.name, group["lr"], group["betas"][0]))
+        return step(*args)
+
+    monkeypatch.setattr(trainer, "step", noted)
+    trainer.train()
+    for name, steps, highest in (("content", 4, 1e-3), ("critic", 4, 5e-3), ("both", 8, 1e-4)):
+        found = [(rate, moment) for phase, rate, moment in seen if phase == name]
+        expected = [schedule(index, steps, trainer.recipe.optimizer) for index in range(steps)]
+        if name == "both":
+            expected = [(1.0, trainer.recipe.adversarial.beta1)] * steps
+        assert np.array(found) == pytest.approx(np.array([(highest * share, moment) for share, moment in expected]))
 
 
 def test_saved_crops_show_the_same_place(photo_folder: Path, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from click.testing import CliRunner, Result
 
 from train import cli
 from train.checkpoint import latest_checkpoint, load_checkpoint, stage_folder
-from train.cli import main
+from train.cli import _without_folder, main
 from train.loop import Progress
 from train.run_folder import read_log
 from train.validation import colour_drift
@@ -224,17 +224,26 @@ def test_small_pictures_are_one_line(photo_folder: Path, recipe: Path, tmp_path:
         (["--set", "model.name=vdsr"], "unknown model 'vdsr': one of fast"),
         (["--set", "loss.pixel=l3"], "loss.pixel: one of"),
         (["--set", "stages.0.size=40"], "not a multiple of 16"),
-        (["--device", "cuda:99"], "--device cuda:99: "),
+        (["--device", "cuda:99"], "device cuda:99: "),
         (["--device", "gpu"], "expected auto, cpu or cuda:N"),
         (["--weights", "nowhere"], "--weights nowhere: no such folder; give a folder that holds them"),
         (["--set", "loss.feature_net=vgg19_normalised"], "--weights DIR or SR_WEIGHTS_DIR, or start without"),
         (["--init", "nowhere"], "nowhere: not a run of sr-train"),
+        (["--paired", "lr", "--task", "jpeg"], "--paired pictures are taken as they are"),
+        (["--paired", "lr", "--set", "degrade.jpeg_probability=1.0"], "--paired pictures are taken as they are"),
         (["--max-steps", "-1"], "Invalid value for '--max-steps'"),
     ],
 )
 def test_a_wrong_option_is_one_line(arguments: list[str], message: str, photo_folder: Path, recipe: Path) -> None:
     assert_one_line(run(photo_folder, "--recipe", recipe, "--out", photo_folder.parent / "run", *arguments), message)
     assert not (photo_folder.parent / "run").exists()
+
+
+def test_commands_tell_no_folders(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = ["/home/me/photos", "--out=/home/me/x", "--out", "../y", "runs/z", "--set", "loss.pixel=l1", "--init=a/b"]
+    assert [_without_folder(each) for each in given] == [
+        "photos", "--out=x", "--out", "y", "runs/z", "--set", "loss.pixel=l1", "--init=a/b",
+    ]  # fmt: skip
 
 
 def test_an_unwritable_out_is_one_line(photo_folder: Path, recipe: Path, tmp_path: Path) -> None:

@@ -196,6 +196,14 @@ def test_the_command_ends_with_one_line(names: list[str], runs: list[Path], tmp_
     assert not (tmp_path / "out").exists()
 
 
+def test_pictures_that_training_refuses_are_refused(runs: list[Path], tmp_path: Path, make_photo: MakePhoto) -> None:
+    (tmp_path / "data").mkdir()
+    deep = make_photo(64, 64, 0)[..., 0].astype(np.uint16) * 257
+    Image.fromarray(deep).save(tmp_path / "data" / "deep.png")
+    with pytest.raises(DataError, match=r"deep.png: cannot be read \(I;16 pixels, only 8-bit pictures are read\)"):
+        compare_runs(runs, tmp_path / "out", data=tmp_path / "data")
+
+
 def test_the_command_prints_the_table(runs: list[Path], tmp_path: Path) -> None:
     result = CliRunner().invoke(compare_command, [*map(str, runs), "--out", str(tmp_path / "out")])
     assert result.exit_code == 0 and "stages.0.batch" in result.output

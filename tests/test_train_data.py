@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import io
+import signal
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -393,3 +396,20 @@ def test_a_split_keeps_pairs_together(make_photo: MakePhoto) -> None:
             assert hr is pairs.pictures[int(path.stem)] and lr is pairs.lr_pictures[int(path.stem)]
     changed = replace(pairs, lr_pictures=pairs.lr_pictures[::-1])
     assert changed.fingerprint() != pairs.fingerprint() == pairs.take(range(20)).fingerprint()
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGALRM"), reason="signals are POSIX")
+def test_a_worker_outlives_one_sigterm_and_not_two() -> None:
+    """The first comes to the whole process group, the second from a parent that is about to leave."""
+    program = (
+        "import os, signal\n"
+        "from train.loading import _leave_signals_to_the_parent\n"
+        "_leave_signals_to_the_parent(0)\n"
+        "for number in (signal.SIGINT, signal.SIGTERM, signal.SIGINT):\n"
+        "    os.kill(os.getpid(), number)\n"
+        "print('alive', flush=True)\n"
+        "os.kill(os.getpid(), signal.SIGTERM)\n"
+        "print('still alive', flush=True)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=300)
+    assert (result.stdout, result.returncode) == ("alive\n", -signal.SIGTERM)

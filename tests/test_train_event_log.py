@@ -38,7 +38,7 @@ def test_entries_and_panels_are_found_again(tmp_path: Path) -> None:
     hr = np.full((16, 16, 3), 90, np.uint8)
     write_panel([(hr[::2, ::2], hr, hr)], tmp_path / "panels" / "00000002.png")
     log = EventLog(tmp_path / "events")
-    log.add(entry(1, psnr_y=30.0))
+    log.add(entry(1, validation={"psnr_y": 30.0}))
     log.add(entry(2, validation={"psnr_y": 31.0, "colour_drift": 0.5, "pixel": float("nan")}))
     log.add({"terms": None})
     log.add(entry(3, terms="broken", validation=None, learning_rate="?"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,17 +17,17 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from train.checkpoint import latest_checkpoint, load_checkpoint, stage_folder
+from train.checkpoint import Checkpoint, latest_checkpoint, load_checkpoint, save_checkpoint, stage_folder
 from train.data import Photographs
 from train.devices import choose_device
 from train.errors import CheckpointError, DivergedError, RecipeError, ResourceError, TrainError
 from train.find_rate import find_rate
 from train.learner import MAX_NON_FINITE
 from train.loop import Progress, Settings, Trainer, phase_steps
-from train.models import Network
+from train.models import Network, build_model
 from train.models.perceptual_unet import RESNET18_FILE, PerceptualUNet
-from train.recipe import DegradeConfig, PhaseConfig, Recipe, StageConfig, load_recipe, recipe_from_dict
-from train.run_folder import load_run, read_log
+from train.recipe import DegradeConfig, ModelConfig, PhaseConfig, Recipe, StageConfig, load_recipe, recipe_from_dict
+from train.run_folder import load_run, read_log, write_run
 from train.validation import mse_y, psnr_y, validate
 
 TINY: dict[str, Any] = {
@@ -157,6 +158,68 @@ def test_resume_names_what_differs(photo_folder: Path, tmp_path: Path) -> None:
         make_trainer(photo_folder, tmp_path / "run").resume()
 
 
+def test_a_stage_that_has_not_begun_may_be_changed(photo_folder: Path, tmp_path: Path) -> None:
+    """As the advice after running out of memory has it: a smaller batch for a late stage."""
+    first, second = TINY["stages"]
+    changed = recipe_from_dict(TINY | {"stages": [first, second | {"batch": 1}]})
+    make_trainer(photo_folder, tmp_path, max_steps=8).train()  # the first stage, all of it
+    trainer = make_trainer(photo_folder, tmp_path, recipe=changed)
+    assert trainer.resume() and trainer.train() and trainer.done_steps == 8 + 8
+    with pytest.raises(CheckpointError, match=r"stages.1.batch: 1 before, 2 now"):
+        make_trainer(photo_folder, tmp_path).resume()
+
+
+def taught(**values: Any) -> Recipe:
+    return recipe_from_dict(TINY | {"loss": {"teacher_weight": 1.0} | values})
+
+
+def test_a_teacher_is_learned_from(photo_folder: Path, tmp_path: Path) -> None:
+    teacher = make_trainer(photo_folder, tmp_path / "teacher")
+    teacher.begin()
+    teacher.train()
+    pupil = make_trainer(photo_folder, tmp_path / "pupil", recipe=taught(pixel_weight=0.0))
+    pupil.learn_from_run(tmp_path / "teacher")
+    lr = torch.rand(2, 3, 16, 16)
+    distances = []
+    pupil.prepare_optimizers(PhaseConfig())
+    for step in range(100):
+        for group in pupil.parameter_groups():
+            group["lr"] = 3e-3 * (1 - step / 100)
+        distances.append(float(pupil.step(lr, torch.zeros(2, 3, 32, 32), pupil.recipe.stages[0])["teacher"]))
+    assert pupil.teacher is not None
+    assert distances[-1] < distances[0] / 2  # by its own term alone: HR is black
+    assert same(pupil.teacher.state_dict(), teacher.ema)
+    assert not any(parameter.requires_grad for parameter in pupil.teacher.parameters())
+    assert pupil.facts["teacher"]["steps"] == STEPS
+
+
+def test_resume_refuses_another_teacher(photo_folder: Path, tmp_path: Path) -> None:
+    for name, steps in (("a", 0), ("b", 10)):
+        teacher = make_trainer(photo_folder, tmp_path / name, max_steps=steps)
+        teacher.begin()
+        teacher.train()
+
+    def pupil(name: str, **settings: Any) -> Trainer:
+        trainer = make_trainer(photo_folder, tmp_path / "pupil", recipe=taught(), **settings)
+        trainer.learn_from_run(tmp_path / name)
+        return trainer
+
+    pupil("a", max_steps=1).train()
+    with pytest.raises(CheckpointError, match="teacher: another run, or another stage of it"):
+        pupil("b").resume()
+    assert pupil("a").resume()
+
+
+def test_a_teacher_must_suit_every_stage(photo_folder: Path, tmp_path: Path) -> None:
+    coarse = recipe_from_dict({"name": "coarse", "model": {"name": "perceptual-unet"}, "stages": [{"size": 64}]})
+    run = tmp_path / "teacher"
+    write_run(run, coarse, {})
+    model = build_model(coarse.model, weights="random")
+    save_checkpoint(stage_folder(run, "128"), Checkpoint({f"model.{k}": v for k, v in model.state_dict().items()}, {}))
+    with pytest.raises(RecipeError, match="stage 48: size 48 is not a multiple of 32, which the teacher needs"):
+        make_trainer(photo_folder, tmp_path / "pupil", recipe=taught()).learn_from_run(run)
+
+
 def test_resume_tells_what_may_change_the_result(
     photo_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -193,7 +256,7 @@ def test_init_starts_from_another_runs_weights(
     assert same(trainer.model.state_dict(), source.ema) and same(trainer.ema, source.ema)
     assert trainer.done_steps == 0
     assert (trainer.facts["init"]["stage"], trainer.facts["init"]["steps"]) == ("48", 10)
-    assert "starting from its stage 48 as it stands" in caplog.text
+    assert "taking its stage 48 as it stands" in caplog.text
     trainer.train(stop=lambda: trainer.done_steps == 1)
     resumed = make_trainer(photo_folder, tmp_path / "tuned")
     resumed.resume()
@@ -219,6 +282,18 @@ def test_init_starts_from_a_bundle(photo_folder: Path, tmp_path: Path) -> None:
     (bundle / "manifest.json").write_text("{}")
     with pytest.raises(CheckpointError, match="not a readable bundle"):
         trainer.start_from_run(bundle)
+
+
+def test_init_starts_from_a_checkpoint(photo_folder: Path, tmp_path: Path) -> None:
+    """The best one, say, of a run that got worse afterwards: its averaged weights."""
+    source = make_trainer(photo_folder, tmp_path / "source", max_steps=3)
+    source.begin()
+    source.train()
+    trainer = make_trainer(photo_folder, tmp_path / "run")
+    trainer.start_from_run(tmp_path / "source" / "checkpoints" / "best")
+    best = load_checkpoint(tmp_path / "source" / "checkpoints" / "best")
+    assert same(trainer.model.state_dict(), best.group("ema"))
+    assert trainer.facts["init"]["steps"] == best.facts["done_steps"] > 0
 
 
 def test_init_refuses_another_network_and_an_empty_run(photo_folder: Path, tmp_path: Path) -> None:
@@ -326,6 +401,25 @@ def test_out_of_memory_names_batch_and_size(
         trainer.train()
 
 
+def test_a_step_that_ran_out_of_memory_leaves_none_of_it(
+    photo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make_trainer(photo_folder, tmp_path)
+    good, results = trainer.loss.forward, []
+
+    def exhausted(sr: Tensor, hr: Tensor) -> Any:
+        assert [result() for result in results] == [None] * len(results)  # freed before a smaller batch is tried
+        results.append(weakref.ref(sr))
+        if len(sr) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return good(sr, hr)
+
+    monkeypatch.setattr(trainer.loss, "forward", exhausted)
+    with pytest.raises(ResourceError, match="1 would fit"):
+        trainer.train()
+    assert len(results) == 2
+
+
 @pytest.mark.parametrize("name", ["panels", "log.jsonl", "checkpoints", "stages", "loss.png"])
 def test_an_unwritable_part_of_the_run_folder_is_told(name: str, photo_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
@@ -397,6 +491,20 @@ def test_the_rate_finder_stops_at_an_infinite_loss(
     assert trainer.non_finite == 0
 
 
+def test_the_rate_finder_is_for_the_network_alone(photo_folder: Path, tmp_path: Path) -> None:
+    phase = {"kind": "adversarial"}
+    critic = {"critic": "srgan", "options": {"channels": 4, "dense": 8}}
+    recipe = recipe_from_dict(TINY | {"stages": [{"size": 32, "phases": [phase]}], "adversarial": critic})
+    with pytest.raises(RecipeError, match="for phases that train the network alone"):
+        find_rate(make_trainer(photo_folder, tmp_path, recipe=recipe), tmp_path / "find_lr.png")
+
+
+def test_muon_without_hidden_weights_is_refused(photo_folder: Path, tmp_path: Path) -> None:
+    recipe = recipe_from_dict(TINY | {"model": {"name": "vae", "options": {"channels": 4, "latent": 4}}})
+    with pytest.raises(RecipeError, match=r"optimizer.muon_rate: VariationalAutoEncoder has no weights for Muon"):
+        make_trainer(photo_folder, tmp_path, recipe=recipe).train()
+
+
 def write_resnet18(folder: Path) -> None:
     import torchvision
 
@@ -445,10 +553,56 @@ def test_sizes_must_lie_on_the_networks_grid(tmp_path: Path) -> None:
         Trainer(replace(Recipe(), stages=(stage,)), tmp_path, weights=None, settings=Settings(device="cpu"))
 
 
+def test_weights_of_a_run_are_held_still_too(tmp_path: Path) -> None:
+    """With --init RUN --weights random nothing is pretrained, and yet nothing is at random."""
+    recipe = Recipe(model=ModelConfig(name="perceptual-unet", options={"backbone": "resnet18"}))
+    trainer = Trainer(recipe, tmp_path, weights="random", settings=Settings(device="cpu"))
+    assert trainer.model.freezable_parameters() == []
+    trainer.start_from({key: value.clone() for key, value in trainer.model.state_dict().items()})
+    trainer.prepare_optimizers(PhaseConfig(freeze_encoder=True))
+    assert isinstance(trainer.model, PerceptualUNet)
+    frozen = {name for name, p in trainer.model.encoder.named_parameters() if not p.requires_grad}
+    convolutions = {f"{name}.weight" for name, m in trainer.model.encoder.named_modules() if isinstance(m, nn.Conv2d)}
+    assert frozen == convolutions and len(frozen) == 20
+
+
+def test_a_grown_phase_moves_the_grown_layer_alone(photo_folder: Path, tmp_path: Path) -> None:
+    options = {"backbone": "resnet18", "growth": 1}
+    recipe = recipe_from_dict({
+        "name": "grown", "model": {"name": "perceptual-unet", "scales": [2], "options": options},
+        "loss": {"pixel": "l1"}, "samples_per_epoch": 4, "validation_pictures": 0,
+        "stages": [{"size": 64, "batch": 2, "phases": [{"grown_only": True, "learning_rate": 1e-2}]}],
+    })  # fmt: skip
+    trainer = make_trainer(photo_folder, tmp_path, recipe=recipe, weights="random")
+    before = {key: value.clone() for key, value in trainer.model.state_dict().items()}
+    trainer.train()
+    moved = {key for key, value in trainer.model.state_dict().items() if not torch.equal(value, before[key])}
+    assert moved and all(key.startswith("growth.0.") for key in moved)
+
+
 @pytest.mark.parametrize("name", ["gpu", "mps", "cuda:99"])
 def test_a_device_that_is_not_there_is_refused(name: str) -> None:
-    with pytest.raises(TrainError, match=f"--device {name}: "):
+    with pytest.raises(TrainError, match=f"device {name}: "):
         choose_device(name)
+
+
+@pytest.mark.parametrize(("name", "rank", "expected"), [
+    ("auto", None, "cuda"), ("auto", "1", "cuda:1"), ("cuda", "1", "cuda:1"), ("cuda:0", "1", "cuda:0"),
+    ("cpu", "1", "cpu"), ("auto", "2", None), ("cuda", "2", None),
+])  # fmt: skip
+def test_every_process_has_its_gpu(
+    name: str, rank: str | None, expected: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if rank is not None:
+        monkeypatch.setenv("LOCAL_RANK", rank)
+    if expected is None:  # the third of three processes, and two GPUs: never the CPU beside them
+        with pytest.raises(ResourceError, match="PyTorch sees 2 CUDA devices here"):
+            choose_device(name)
+    else:
+        assert str(choose_device(name)) == expected
 
 
 def test_phase_steps_cover_the_epochs() -> None:

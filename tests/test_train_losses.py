@@ -200,12 +200,26 @@ def test_perceptual_total_is_the_formula(monkeypatch: pytest.MonkeyPatch) -> Non
         (LossConfig(pixel="l3"), "loss.pixel: one of l1, l1_normalised, mse, charbonnier, psnr, ssim, not 'l3'"),
         (LossConfig(feature_distance="l3"), "loss.feature_distance: one of l1, mse, unit, not 'l3'"),
         (LossConfig(pixel_weight=0.0), "every term is switched off"),
+        (LossConfig(pixel_weight=0.0, feature_net="alexnet", feature_weight=0.0), "every term is switched off"),
+        (LossConfig(pixel="l1_normalised", luma_weight=1.0), "l1_normalised is for three channels"),
         (LossConfig(feature_net="squeezenet1_1", feature_weights=(1.0,)), "3 layers need as many weights, got 1"),
     ],
 )
 def test_combined_loss_refuses(config: LossConfig, message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         CombinedLoss(config, weights="random")
+
+
+@pytest.mark.parametrize("term", ["grid_weight", "hfen_weight", "colour_weight", "luma_weight"])
+def test_every_term_may_stand_alone(term: str) -> None:
+    sr, hr = torch.rand(2, 1, 3, 32, 32)
+    total, terms = CombinedLoss(LossConfig(pixel_weight=0.0, **{term: 2.0}))(sr, hr)
+    assert list(terms) == [term.removesuffix("_weight")] and total == terms[term.removesuffix("_weight")] > 0
+
+
+def test_a_teacher_alone_is_a_loss() -> None:
+    total, terms = CombinedLoss(LossConfig(pixel_weight=0.0, teacher_weight=1.0))(flat(0.5), flat(0.25))
+    assert (float(total), terms) == (0.0, {})
 
 
 def test_feature_net_is_frozen_and_stays_in_eval_mode() -> None:

@@ -69,3 +69,33 @@ def test_a_batch_that_cannot_be_shared_is_refused(photo_folder: Path, tmp_path: 
     (tmp_path / "tiny.toml").write_text(RECIPE.replace("batch = 4", "batch = 3"))
     with pytest.raises(AssertionError, match="a batch of 3 cannot be shared by 2 processes evenly"):
         train(tmp_path, photo_folder, processes=2, report_all="-1")
+
+
+AGREE = """
+import logging, os, sys
+import torch
+from train.devices import choose_device, join_processes
+from train.models.critics import SRGANCritic
+from train.models.fast_unet import FastUNet
+logging.basicConfig(format="%(message)s")
+device = choose_device("cpu")
+processes = join_processes(device)
+print(processes.rank, processes.agree(("here", 3)), processes.agree(processes.rank))
+for network in (FastUNet(channels=4), SRGANCritic(channels=4, dense=4)):
+    assert processes.share_batch_norm(network, device) is network
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_processes_tell_whether_they_agree_and_whose_norms_they_cannot_share(tmp_path: Path) -> None:
+    script = tmp_path / "agree.py"
+    script.write_text(AGREE)
+    arguments = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    result = subprocess.run(
+        [*arguments, str(script)], capture_output=True, text=True, timeout=300,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1"}, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert sorted(result.stdout.split("\n"))[1:] == ["0 True False", "1 True False"]
+    assert result.stderr.count("SRGANCritic has BatchNorm, which on CPUs sees each process's part") == 1
+    assert "FastUNet has" not in result.stderr

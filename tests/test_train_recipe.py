@@ -67,6 +67,24 @@ def test_a_recipe_is_read_from_a_file(tmp_path: Path) -> None:
     assert recipe.stages[0].phases == (PhaseConfig(epochs=2.0),)
 
 
+def test_a_recipe_changes_its_base(tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text('base = "fast-wide"\nseed = 7\n[loss]\npixel = "l1"\n')
+    (tmp_path / "more.toml").write_text('base = "mine.toml"\n[loss]\nluma_weight = 3.0\n')
+    wide, more = load_recipe("fast-wide"), load_recipe(str(tmp_path / "more.toml"))
+    assert more == replace(
+        wide, name="more", seed=7, loss=replace(wide.loss, pixel="l1", luma_weight=3.0)
+    )  # fmt: skip
+    (tmp_path / "mine.toml").write_text('base = "more.toml"\n')
+    with pytest.raises(RecipeError, match="at most 8 deep"):
+        load_recipe(str(tmp_path / "more.toml"))
+    (tmp_path / "more.toml").write_text("base = 3\n")
+    with pytest.raises(RecipeError, match="base is the name of a recipe"):
+        load_recipe(str(tmp_path / "more.toml"))
+    (tmp_path / "more.toml").write_text('base = "fsat"\n')
+    with pytest.raises(RecipeError, match="did you mean 'fast'"):
+        load_recipe(str(tmp_path / "more.toml"))
+
+
 def test_overrides() -> None:
     recipe = load_recipe(
         "fast", overrides=("loss.pixel=l1", "stages.1.batch=4", "stages.0.phases.0.epochs=2", "model.scales=[4]")

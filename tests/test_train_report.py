@@ -240,3 +240,10 @@ def test_elements_escape_text_and_attributes() -> None:
     assert element("p", "<&>", title='"<') == '<p title="&quot;&lt;">&lt;&amp;&gt;</p>'
     assert element("p", element("b", "<"), "<") == "<p><b>&lt;</b>&lt;</p>"
     assert "<td>&lt;i&gt;</td>" in table(["<a>"], [["<b>", "<i>"]], caption="<c>")
+
+
+def test_pairs_are_not_said_to_be_damaged(tmp_path: Path) -> None:
+    recipe = load_recipe("fast", task="jpeg")
+    assert "damaged: jpeg on 100%" in write_report(make_run(tmp_path / "a", recipe)).read_text(encoding="utf-8")
+    page = write_report(make_run(tmp_path / "b", recipe, low_resolution="lr")).read_text(encoding="utf-8")
+    assert "The input comes from the folder &#x27;lr&#x27;, as it is." in page and "damaged" not in page

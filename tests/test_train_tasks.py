@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import asdict, fields
 
 import pytest
+import torch
 
 from train.errors import RecipeError
+from train.models import build_model
 from train.recipe import DegradeConfig, load_recipe, recipe_from_dict, recipe_names
 from train.tasks import DAMAGES, load_task, merge, task_names
 
@@ -54,6 +56,22 @@ def test_every_damage_can_be_switched_off() -> None:
 
 def test_jpeg_is_of_the_promised_quality() -> None:
     assert recipe_from_dict(load_task("jpeg")).degrade.jpeg_quality == (10, 70)
+
+
+@pytest.mark.parametrize("recipe_name", recipe_names())
+def test_a_tasks_network_can_be_built_or_says_why_not(recipe_name: str) -> None:
+    refusals = {
+        ("srgan", "jpeg"): "enlarges by 2 or 4, not 1", ("srgan-mse", "jpeg"): "enlarges by 2 or 4, not 1",
+        ("fast-restore", "x4"): "a cell is a multiple of the scale, 4, not 2",
+    }  # fmt: skip
+    for name in ("jpeg", "x2", "x4"):  # of every scale that tasks ask for
+        model = load_recipe(recipe_name, task=name).model
+        with torch.device("meta"):  # of the right shape is enough
+            if message := refusals.get((recipe_name, name)):
+                with pytest.raises(RecipeError, match=message):
+                    build_model(model, weights="random")
+            else:
+                assert build_model(model, weights="random").scales == model.scales
 
 
 @pytest.mark.parametrize(("typo", "near"), [("colorise", "colourise"), ("jpg", "jpeg"), ("denoize", "denoise")])

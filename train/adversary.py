@@ -131,6 +131,11 @@ def save_results(
     return pairs
 
 
+def forget_results(run: Path) -> None:
+    """Let nothing take the results that an earlier run has left in the folder for this one's."""
+    (run / FACTS).unlink(missing_ok=True)
+
+
 def _read_facts(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))

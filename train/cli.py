@@ -20,7 +20,6 @@ from .commands import OneLineErrors
 
 if TYPE_CHECKING:
     from .loop import Progress, Trainer
-    from .recipe import Recipe
 
 # Recipe -> what it is meant to go on from.
 NEEDS_INIT = {"fast-perceptual": "a run of fast", "fast-wide": "a run of fast", "srgan": "a run of srgan-mse"}
@@ -100,8 +99,8 @@ def main(
     recipe = load_recipe(recipe_name, task=task, overrides=overrides)
     if bool(recipe.loss.teacher_weight) != (teacher is not None):
         raise click.UsageError("--teacher RUN goes with --set loss.teacher_weight=..., and the other way round")
-    if teacher is None:
-        _check_sense(recipe, has_init=init is not None)
+    if paired is not None:
+        _check_paired(task, overrides)
 
     from .check import find_pictures
     from .feature_nets import find_weights
@@ -136,9 +135,11 @@ def main(
         if trainer.finished:
             say(f"finished already, at step {trainer.done_steps}: nothing to do; the stages are in {out}/stages")
             return
-        say(f"resumed {out} at step {trainer.done_steps}")
+        say(f"resumed {out} at step {trainer.done_steps}" + (", where --init is not needed" if init else ""))
     elif init is not None:
         trainer.start_from_run(init)
+    elif recipe.name in NEEDS_INIT:
+        say(f"warning: {recipe.name} goes on from {NEEDS_INIT[recipe.name]}: give --init RUN")
     trainer.begin()
     say(json.dumps(trainer.facts["recipe"]))
     stopped = _stop_on_signals()
@@ -158,10 +159,13 @@ def main(
         say(f"stopped at step {trainer.done_steps}; the same command goes on from there")
 
 
-def _check_sense(recipe: Recipe, *, has_init: bool) -> None:
-    """Warn of recipes that go on from something, when there is nothing."""
-    if not has_init and recipe.name in NEEDS_INIT:
-        click.echo(f"warning: {recipe.name} goes on from {NEEDS_INIT[recipe.name]}: give --init RUN", err=True)
+def _check_paired(task: str | None, overrides: Sequence[str]) -> None:
+    """Refuse damages for pictures that are taken as they are."""
+    from .tasks import DAMAGES, load_task
+
+    is_damaging = task is not None and any(load_task(task)["degrade"][f"{damage}_probability"] for damage in DAMAGES)
+    if is_damaging or any(override.startswith("degrade.") for override in overrides):
+        raise click.UsageError("--paired pictures are taken as they are: no --task that damages, no --set degrade....")
 
 
 def _reporters(trainer: Trainer, *, tensorboard: bool) -> tuple[Callable[[Progress], None], Callable[[], None]]:
@@ -184,7 +188,9 @@ def _reporters(trainer: Trainer, *, tensorboard: bool) -> tuple[Callable[[Progre
 
 def _without_folder(argument: str) -> str:
     """Shorten a path that leads out of the working directory to its last part: commands are published in models."""
-    return Path(argument).name if Path(argument).is_absolute() or argument.startswith("..") else argument
+    option, equals, value = argument.rpartition("=") if argument.startswith("--") else ("", "", argument)
+    is_outside = Path(value).is_absolute() or value.startswith("..")
+    return f"{option}{equals}{Path(value).name}" if is_outside else argument
 
 
 def _stop_on_signals() -> list[int]:

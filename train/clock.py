@@ -44,15 +44,16 @@ class Clock:
         """Begin to count anew until the next checkpoint."""
         self._last_checkpoint = time.monotonic()
 
-    def has_looked(self) -> None:
-        """Begin to count anew until the next panel."""
-        self._last_panel = time.monotonic()
+    def has_reported(self, *, looked: bool) -> None:
+        """Begin to count anew until the next report, and the next panel if there was one."""
+        self._started = time.monotonic()
+        self._reports += 1
+        if looked:
+            self._last_panel = self._started
 
     def take_means(self) -> tuple[dict[str, float], float]:
         """Give the terms' means and the images a second since the last report."""
-        now = time.monotonic()
         means = {name: float(total) / count for name, (total, count) in self._sums.items()}
-        speed = self._images / max(1e-9, now - self._started)
-        self._sums, self._images, self._started = {}, 0, now
-        self._reports += 1
+        speed = self._images / max(1e-9, time.monotonic() - self._started)
+        self._sums, self._images = {}, 0
         return means, speed

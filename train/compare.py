@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from .atomic import write_json
 from .commands import OneLineErrors
@@ -201,7 +201,7 @@ def _write_predictions(runs: Sequence[Run], path: Path, data: Path | None) -> No
         )
     scale = scales.pop()
     models = [load_network(run.path, run.recipe, last_stage(run.path, run.recipe))[0] for run in runs]
-    grid = math.lcm(*(model.stride(scale) * scale for model in models))
+    grid = math.lcm(*(model.output_grid() for model in models))
     pairs = _pairs_of_panel(runs) if data is None else _pairs_of_data(data, runs[0].recipe, grid=grid)
     titles, cells = [], []
     for lr, hr in pairs:
@@ -214,7 +214,8 @@ def _write_predictions(runs: Sequence[Run], path: Path, data: Path | None) -> No
         nearest = np.asarray(Image.fromarray(lr).resize((width, height), Image.Resampling.NEAREST))
         titles.append(["nearest" if scale > 1 else "input", *quality, "target"])
         cells.append([nearest, *results, hr])
-    write_sheet(titles, cells, path, lr_size=lr.shape[:2])
+    height, width = cells[0][-1].shape[:2]
+    write_sheet(titles, cells, path, lr_size=(height // scale, width // scale))
 
 
 def _predict(model: Network, lr: np.ndarray, scale: int) -> np.ndarray:
@@ -239,16 +240,15 @@ def _pairs_of_panel(runs: Sequence[Run]) -> list[tuple[np.ndarray, np.ndarray]]:
 
 def _pairs_of_data(data: Path, recipe: Recipe, *, grid: int) -> list[tuple[np.ndarray, np.ndarray]]:
     """Cut one crop of each of the first photographs, degraded as the recipe says, the same every time."""
-    from .check import find_pictures
+    from .check import describe_fault, find_pictures, read_picture
     from .data import random_pair
 
     pictures = []
     for path in find_pictures(data)[:PICTURES]:
         try:
-            with Image.open(path) as image:
-                pictures.append(np.array(ImageOps.exif_transpose(image).convert("RGB")))
-        except (OSError, ValueError) as exc:
-            raise DataError(f"{path}: cannot be read ({exc})") from exc
+            pictures.append(read_picture(path))
+        except Exception as exc:  # nearly anything, see read_picture
+            raise DataError(f"{path}: cannot be read ({describe_fault(exc)})") from exc
     size = min(LARGEST_SIDE, *(side for picture in pictures for side in picture.shape[:2])) // grid * grid
     if not size:
         raise DataError(f"{data}: a picture is smaller than {grid} pixels, which these networks need")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,17 +10,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .errors import ResourceError
 
+LOG = logging.getLogger(__name__)
+
 
 def choose_device(name: str) -> torch.device:
-    """Turn "auto", "cpu" or "cuda:N" into a device; a device asked for by name is used or refused."""
+    """Turn "auto", "cpu", "cuda" or "cuda:N" into a device.
+
+    Of several processes on a machine each takes the GPU of its number, unless told one.
+    Raises: ResourceError for a device that is not there.
+    """
     if name == "auto":
-        # Of several processes on a machine each takes the GPU of its number.
-        place = int(os.environ.get("LOCAL_RANK", "0"))
-        return torch.device("cuda", place) if torch.cuda.device_count() > place else torch.device("cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
     except RuntimeError as exc:
@@ -28,7 +35,8 @@ def choose_device(name: str) -> torch.device:
         raise ResourceError(f"--device {name}: expected auto, cpu or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ResourceError(
-            f"--device {name}: PyTorch sees {torch.cuda.device_count()} CUDA devices here; use --device cpu or auto"
+            f"device {name}: PyTorch sees {torch.cuda.device_count()} CUDA devices here; "
+            "use --device cpu, or fewer processes"
         )
     return device
 
@@ -77,10 +85,28 @@ class Processes:
         for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
             tensor.copy_(part.view_as(tensor))
 
-    def wait(self) -> None:
-        """Wait for all."""
-        if self.count > 1:
-            torch.distributed.barrier(group=self.control)
+    def agree(self, fact: object) -> bool:
+        """Tell whether a fact is the same in all processes."""
+        if self.count == 1:
+            return True
+        facts: list[object] = [None] * self.count
+        torch.distributed.all_gather_object(facts, fact, group=self.control)
+        return all(each == fact for each in facts)
+
+    def share_batch_norm(self, network: Any, device: torch.device) -> Any:
+        """Let every BatchNorm of a network see the whole batch; on CPUs it sees its process's part, which is told."""
+        has_norm = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules())
+        if self.count == 1 or not has_norm:
+            return network
+        if device.type == "cuda":
+            return nn.SyncBatchNorm.convert_sync_batchnorm(network)
+        if self.is_first:
+            LOG.warning(
+                "%s has BatchNorm, which on CPUs sees each process's part of the batch alone: "
+                "the result is not that of one process",
+                type(network).__name__,
+            )
+        return network
 
 
 def join_processes(device: torch.device) -> Processes:

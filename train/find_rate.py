@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import plots
-from .errors import DivergedError
+from .errors import DivergedError, RecipeError
 from .loading import Steps
 from .schedule import suggest_rate
 
@@ -32,11 +32,14 @@ def find_rate(
     done and their number after each.
     Returns: the suggested learning rate; None if the loss hardly falls at any, as that of a network which starts as
     its own interpolated skip.
-    Raises: DivergedError if the loss stops being finite within the first steps.
+    Raises: DivergedError if the loss stops being finite within the first steps; RecipeError for a phase that trains a
+    critic, whose loss says nothing about the network's rate, and under several processes.
     Source: Smith, arXiv 1506.01186, as in fastai's lr_find.
     """
     stage = trainer.recipe.stages[0]
     phase = stage.phases[0]
+    if phase.kind != "generator" or trainer.processes.count > 1:
+        raise RecipeError("the learning-rate finder is for phases that train the network alone, in one process")
     before = {key: value.detach().clone() for key, value in trainer.model.state_dict().items()}
     rates: list[float] = []
     losses: list[float] = []
@@ -49,6 +52,7 @@ def find_rate(
             for group in trainer.parameter_groups():
                 group["lr"] = rate * group["highest_rate"] / phase.learning_rate
             terms = trainer.step(lr, hr, stage)
+            trainer.done_steps += 1
             if not terms:  # skipped, because the loss or its gradient was not finite
                 break
             average = SMOOTHING * average + (1 - SMOOTHING) * sum(float(term) for term in terms.values())

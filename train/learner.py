@@ -39,8 +39,7 @@ class Learner:
         self.processes = join_processes(self.device)
         torch.manual_seed(recipe.seed)
         self.model = build_model(recipe.model, weights=weights).to(self.device).to(memory_format=torch.channels_last)
-        if self.processes.count > 1 and self.device.type == "cuda":
-            self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
+        self.model = self.processes.share_batch_norm(self.model, self.device)
         self.fixed = frozenset(name for name, p in self.model.named_parameters() if not p.requires_grad)
         self.ema = {key: value.detach().clone() for key, value in self.model.state_dict().items()}
         self.loss = CombinedLoss(recipe.loss, weights=weights).to(self.device).to(memory_format=torch.channels_last)
@@ -48,6 +47,7 @@ class Learner:
         self.adversary: Adversary | None = None
         if recipe.adversarial.critic:
             self.adversary = Adversary(recipe.adversarial, self.device, weights=weights)
+            self.adversary.critic = self.processes.share_batch_norm(self.adversary.critic, self.device)
         self.phase = recipe.stages[0].phases[0]
         self.optimizers: list[torch.optim.Optimizer] = []
         self.forward: Callable[[Tensor, int], Tensor] = self.model  # in a phase on a GPU compiled
@@ -74,6 +74,7 @@ class Learner:
                 f"the weights to start from do not fit this recipe's network ({self.recipe.model.name}): "
                 f"{len(wrong)} of {len(shapes)} tensors differ, the first is {wrong[0]}"
             )
+        self.model.is_trained = True
         self.reset(weights)
 
     def reset(self, weights: dict[str, Tensor]) -> None:
@@ -162,20 +163,17 @@ class Learner:
         """
         # Of dropout and of sampling: the same at this step of every run, whatever was run before it.
         torch.manual_seed(hash((self.recipe.seed, self.done_steps, self.processes.rank)))
+        lr = lr.to(self.device, memory_format=torch.channels_last, non_blocking=True)
+        hr = hr.to(self.device, memory_format=torch.channels_last, non_blocking=True)
         try:
-            lr = lr.to(self.device, memory_format=torch.channels_last, non_blocking=True)
-            hr = hr.to(self.device, memory_format=torch.channels_last, non_blocking=True)
             loss, terms = self.losses(lr, hr)
             terms = self._descend(loss, terms)
-        except (torch.OutOfMemoryError, RuntimeError) as exc:
+        except RuntimeError as exc:
             if not _is_memory_error(exc):
                 raise
-            fitting = self._largest_fitting(lr, hr)
-            advice = f"{fitting} would fit" if fitting else "not even one picture fits: take a smaller stage size"
-            raise ResourceError(
-                f"out of memory with batch {stage.batch} at size {stage.size} (stage {stage.name}); {advice}: "
-                f"--set stages.{self.recipe.stages.index(stage)}.batch={max(1, fitting)}"
-            ) from exc
+            terms = None
+        if terms is None:  # the exception, which holds all that the failed step has made, is gone by now
+            raise self._out_of_memory(lr, hr, stage)
         if terms and self.phase.kind != "critic" and "critic" not in terms:
             self._update_ema()
         if terms and self.adversary and self.phase.kind == "adversarial":
@@ -231,19 +229,29 @@ class Learner:
             optimizer.step()  # which leaves alone what has no gradient
         return told
 
-    def _largest_fitting(self, lr: Tensor, hr: Tensor) -> int:
-        """Try smaller batches after memory ran out; 0 if not even one picture fits."""
+    def _out_of_memory(self, lr: Tensor, hr: Tensor, stage: StageConfig) -> ResourceError:
+        """Try smaller batches after memory ran out, and say which one fits."""
         count = len(lr) // 2
-        while count:
-            self.model.zero_grad(set_to_none=True)
-            try:
-                self.losses(lr[:count], hr[:count])[0].backward()
-                return count * self.processes.count
-            except (torch.OutOfMemoryError, RuntimeError) as exc:
-                if not _is_memory_error(exc):
-                    raise
+        while count and not self._fits(lr[:count], hr[:count]):
             count //= 2
-        return 0
+        fitting = count * self.processes.count
+        advice = f"{fitting} would fit" if fitting else "not even one picture fits: take a smaller stage size"
+        return ResourceError(
+            f"out of memory with batch {stage.batch} at size {stage.size} (stage {stage.name}); {advice}: "
+            f"--set stages.{self.recipe.stages.index(stage)}.batch={max(1, fitting)}"
+        )
+
+    def _fits(self, lr: Tensor, hr: Tensor) -> bool:
+        self.model.zero_grad(set_to_none=True)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        try:
+            self.losses(lr, hr)[0].backward()
+        except RuntimeError as exc:
+            if not _is_memory_error(exc):
+                raise
+            return False
+        return True
 
     def _skip(self, what: str, value: Tensor) -> None:
         self.non_finite += 1

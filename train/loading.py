@@ -9,8 +9,6 @@ from typing import Any
 
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-GRACE_SECONDS = 10
-
 
 class Steps(Sampler[list[int]]):
     """The sample indices of the steps `first` to `last` - 1; of each batch, the part of one of `count` processes."""
@@ -35,12 +33,12 @@ class Made(Dataset[Any]):
 
 
 def _leave_signals_to_the_parent(worker: int) -> None:
-    """Outlive a signal sent to the whole process group for a while: the parent saves, and ends its workers then.
+    """Outlive a signal sent to the whole process group: the parent saves, however long its step, and ends its workers.
 
-    Not for ever, because SIGTERM is also how a parent that leaves in mid-epoch ends them.
+    The second SIGTERM counts: it is also how a parent that leaves in mid-epoch ends workers that do not end themselves.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(GRACE_SECONDS))
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))
 
 
 def batches(

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from . import plots
-from .adversary import SavedResults, save_results
+from .adversary import SavedResults, forget_results, save_results
 from .checkpoint import (
     MANIFEST,
+    TENSORS,
     Checkpoint,
     keep_latest,
     latest_checkpoint,
@@ -32,11 +33,10 @@ from .checkpoint import (
 from .clock import Clock
 from .data import CropPairs, Photographs, read_photographs, split_validation, to_floats
 from .device_data import StoredPhotographs, device_batches, store
-from .devices import Processes
 from .errors import CheckpointError, DivergedError, RecipeError
+from .feature_nets import RANDOM_WEIGHTS
 from .learner import Learner
 from .loading import Made, Steps, batches
-from .models import Network
 from .pairs import read_pairs
 from .recipe import PhaseConfig, Recipe, StageConfig, differences, recipe_from_dict
 from .run_folder import append_log, cut_log, load_run, read_log, write_run
@@ -97,10 +97,11 @@ class Trainer(Learner):
 
     def __init__(self, recipe: Recipe, out: Path, *, weights: Path | str | None, settings: Settings):
         super().__init__(recipe, weights=weights, device=settings.device, precision=settings.precision)
-        _check_sizes(recipe, self.model, self.processes)
+        self._check_sizes()
         self.out, self.settings = out, settings
         self.position = (0, 0, 0)  # stage, phase, step within the phase
         self.best = -math.inf  # validation PSNR-Y
+        self.looked_at: tuple[int, dict[str, float]] | None = None  # done steps and metrics of the last look
         self.stored: StoredPhotographs | None = None  # photographs that lie in a GPU's memory
         self.facts: dict[str, Any] = {
             "recipe": asdict(recipe),
@@ -111,6 +112,22 @@ class Trainer(Learner):
             "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
             "commit": _git_commit(),
         }
+
+    def _check_sizes(self) -> None:
+        """Refuse what would fail hours later.
+
+        Raises: RecipeError for a stage whose size or batch does not suit the network, the critic or the processes.
+        """
+        grid, count = self.model.output_grid(), self.processes.count
+        smallest = getattr(self.adversary.critic, "smallest", 1) if self.adversary else 1
+        for stage in self.recipe.stages:
+            where = f"stage {stage.name!r}"
+            if stage.size % grid:
+                raise RecipeError(f"{where}: size {stage.size} is not a multiple of {grid}, the network's")
+            if stage.size < smallest and any(phase.kind != "generator" for phase in stage.phases):
+                raise RecipeError(f"{where}: size {stage.size}, and the critic needs {smallest} pixels a side")
+            if stage.batch % count:
+                raise RecipeError(f"{where}: a batch of {stage.batch} cannot be shared by {count} processes evenly")
 
     def load_photographs(
         self, data: Path, progress: Callable[[int, int], None], *, low_resolution: Path | None = None
@@ -132,6 +149,8 @@ class Trainer(Learner):
         self.facts["data"] = data.resolve().name
         self.facts["fingerprint"] = photographs.fingerprint()
         self.facts["pictures"] = len(self.train_set)
+        if low_resolution is not None:
+            self.facts["low_resolution"] = low_resolution.resolve().name
 
     # Position and checkpoints
 
@@ -141,19 +160,23 @@ class Trainer(Learner):
         return self.position[0] == len(self.recipe.stages)
 
     def start_from_run(self, run: Path) -> None:
-        """Take over the weights of the last stage of another run, or of a bundle, before the first step.
+        """Take over the weights of another run's last stage, of a checkpoint or of a bundle, before the first step.
 
         Raises: CheckpointError if there are none or they belong to another network.
         """
         if (run / MANIFEST).is_file():
             source = load_bundle(run)
             self.facts["init"] = source.facts
+        elif (run / TENSORS).is_file():
+            source = load_checkpoint(run)
+            self.facts["init"] = _origin(source.facts)
         else:
             recipe = load_run(run)
             stage = last_stage(run, recipe)
             source = load_checkpoint(stage_folder(run, stage))
-            self.facts["init"] = _origin(run, recipe, stage, source.facts)
-        self.start_from(source.group("model"))
+            self.facts["init"] = _origin(source.facts)
+            _warn_unless_finished(run, recipe, stage, source.facts)
+        self.start_from(source.group("ema") or source.group("model"))
 
     def learn_from_run(self, run: Path) -> None:
         """Take the network of another run's last stage for the teacher that loss.teacher_weight asks for.
@@ -163,9 +186,16 @@ class Trainer(Learner):
         recipe = load_run(run)
         stage = last_stage(run, recipe)
         teacher, facts = load_network(run, recipe, stage)
-        self.facts["teacher"] = _origin(run, recipe, stage, facts)
+        self.facts["teacher"] = _origin(facts)
+        _warn_unless_finished(run, recipe, stage, facts)
         if not set(self.recipe.model.scales) <= set(teacher.scales):
             raise RecipeError(f"{run}: a teacher for {list(teacher.scales)}, not for {list(self.recipe.model.scales)}")
+        for each in self.recipe.stages:
+            if each.size % teacher.output_grid():
+                raise RecipeError(
+                    f"stage {each.name}: size {each.size} is not a multiple of {teacher.output_grid()}, "
+                    f"which the teacher needs"
+                )
         self.teacher = teacher.to(self.device).to(memory_format=torch.channels_last).requires_grad_(False)
 
     def resume(self) -> bool:
@@ -178,11 +208,7 @@ class Trainer(Learner):
             return False
         checkpoint = load_checkpoint(folder)
         facts = checkpoint.facts
-        changes = differences(_as_now(facts.get("recipe")), json.loads(json.dumps(self.facts["recipe"])))
-        if not str(facts.get("fingerprint")).startswith(("pixels-", "pairs-")):
-            LOG.warning("%s: begun when photographs were not compared by their pixels, nor are they now", self.out)
-        elif facts["fingerprint"] != self.facts["fingerprint"]:
-            changes.append(f"photographs: those of {facts.get('data')!r} before, of {self.facts['data']!r} now")
+        changes = self._changes_since(facts)
         if changes:
             raise CheckpointError(
                 f"{self.out} was made with another recipe or data ({'; '.join(changes)}); "
@@ -191,7 +217,9 @@ class Trainer(Learner):
         for key in ("weights", "device", "samples", "processes", "precision"):
             if facts.get(key, self.facts[key]) != self.facts[key]:
                 LOG.warning("%s: %s before, %s now; the run goes on, not bit for bit", key, facts[key], self.facts[key])
-        self.facts |= {key: facts[key] for key in ("init", "teacher") if key in facts}
+        if "init" in facts:
+            self.facts["init"] = facts["init"]
+            self.model.is_trained = True
         try:
             stage, phase, step = facts["position"]
             self.position, self.done_steps = (stage, phase, step), facts["done_steps"]
@@ -205,13 +233,39 @@ class Trainer(Learner):
             raise CheckpointError(f"{folder}: damaged ({exc}); delete it to go on from the one before") from exc
         return True
 
+    def _changes_since(self, facts: dict[str, Any]) -> list[str]:
+        """List what differs from a checkpoint's facts and would make another run of it.
+
+        Stages that have not begun may be changed: what is done does not depend on them.
+        """
+        changes = differences(_as_now(facts.get("recipe")), json.loads(json.dumps(self.facts["recipe"])))
+        stage, phase, step = facts.get("position") or (0, 0, 0)
+        coming = range(stage + bool(phase or step), len(self.recipe.stages))
+        changes = [change for change in changes if not change.startswith(tuple(f"stages.{i}." for i in coming))]
+        if facts.get("fingerprint") != self.facts["fingerprint"]:
+            changes.append(f"photographs: those of {facts.get('data')!r} before, of {self.facts['data']!r} now")
+        if facts.get("teacher") != self.facts.get("teacher"):
+            changes.append("teacher: another run, or another stage of it")
+        if (facts.get("weights") == RANDOM_WEIGHTS) != (self.facts["weights"] == RANDOM_WEIGHTS):
+            changes.append(f"weights: {facts.get('weights')} before, {self.facts['weights']} now")
+        return changes
+
     def begin(self) -> None:
         """Write the recipe and the facts into the run folder, and drop what was logged after the present step.
 
-        Raises: ResourceError if the folder cannot be written.
+        Raises: ResourceError if the folder cannot be written; CheckpointError if several processes are not at one
+        point, as on machines without a common folder.
         """
+        place = (self.position, self.done_steps, self.facts["fingerprint"], self.facts["recipe"])
+        if not self.processes.agree(place):
+            raise CheckpointError(
+                f"{self.out}: the processes have other checkpoints, photographs or recipes; "
+                "all machines need the same folders"
+            )
         if self.processes.is_first:
             write_run(self.out, self.recipe, self.facts)
+            if not self.done_steps:
+                forget_results(self.out)
             cut_log(self.out, self.done_steps)
 
     def save(self, name: str = "") -> None:
@@ -279,7 +333,7 @@ class Trainer(Learner):
         source = self.samples(stage_index, phase_index, Steps(
             first, total, batch=stage.batch, rank=self.processes.rank, count=self.processes.count
         ))  # fmt: skip
-        for step, (lr, hr) in zip(range(first, total), source, strict=True):
+        for step in range(first, total):
             is_last = step + 1 == total
             ends, reports, looks, saves = self.processes.decide(
                 stop() or self._at_max_steps(),
@@ -288,7 +342,9 @@ class Trainer(Learner):
                 clock.wants_checkpoint(),
             )
             if ends:
+                source.close()
                 return False
+            lr, hr = next(source)
             share, beta1 = schedule(step, total, config)
             if phase.kind == "adversarial":
                 share, beta1 = 1.0, self.recipe.adversarial.beta1
@@ -300,9 +356,8 @@ class Trainer(Learner):
             clock.add(terms, stage.batch)
             if reports:
                 means, speed = clock.take_means()
-                if looks:
-                    clock.has_looked()
                 validation = self.look() if looks else None
+                clock.has_reported(looked=looks)
                 progress = Progress(
                     stage.name, phase.name, step + 1, total, self.done_steps, all_steps,
                     phase.learning_rate * share, means, speed, self.skipped, validation,
@@ -344,7 +399,7 @@ class Trainer(Learner):
         self.model.eval()
         pairs = save_results(
             self.out, self.train_set, functools.partial(self._enlarge_picture, scale=scale),
-            scale=scale, grid=_grid(self.model), size=stage.size, config=self.recipe.degrade,
+            scale=scale, grid=self.model.output_grid(), size=stage.size, config=self.recipe.degrade,
             entropy=(*entropy, self.done_steps - done), writes=self.processes.is_first,
         )  # fmt: skip
         self.set_mode()
@@ -379,6 +434,8 @@ class Trainer(Learner):
         """
         if not len(self.validation_set) or not self.processes.is_first:
             return None
+        if self.looked_at is not None and self.looked_at[0] == self.done_steps:
+            return self.looked_at[1]
         raw = {key: value.clone() for key, value in self.model.state_dict().items()}
         self.model.load_state_dict(self.ema)
         self.model.eval()
@@ -392,14 +449,19 @@ class Trainer(Learner):
         if found.metrics["psnr_y"] > self.best and self.optimizers and not self.non_finite:
             self.best = found.metrics["psnr_y"]
             self.save(BEST)
+        self.looked_at = self.done_steps, found.metrics
         return found.metrics
 
 
-def _origin(run: Path, recipe: Recipe, stage: str, facts: dict[str, Any]) -> dict[str, Any]:
-    """Tell where weights come from: a stage of another run, and its facts."""
+def _origin(facts: dict[str, Any]) -> dict[str, Any]:
+    """Tell where weights come from, by the facts of a stage or a checkpoint."""
+    origin = {key: facts.get(key) for key in ("command", "stage", "steps", "complete", "commit", "fingerprint")}
+    return origin | {"steps": facts.get("steps", facts.get("done_steps"))}
+
+
+def _warn_unless_finished(run: Path, recipe: Recipe, stage: str, facts: dict[str, Any]) -> None:
     if stage != recipe.stages[-1].name or not facts.get("complete", True):
-        LOG.warning("%s is not finished: starting from its stage %s as it stands", run, stage)
-    return {key: facts.get(key) for key in ("command", "stage", "steps", "complete", "commit", "fingerprint")}
+        LOG.warning("%s is not finished: taking its stage %s as it stands", run, stage)
 
 
 def _as_now(recipe: Any) -> Any:
@@ -408,22 +470,6 @@ def _as_now(recipe: Any) -> Any:
         return json.loads(json.dumps(asdict(recipe_from_dict(recipe))))
     except RecipeError:
         return recipe
-
-
-def _grid(model: Network) -> int:
-    """Give the grid of HR sides on which every scale of a network can work."""
-    return math.lcm(*(model.stride(scale) * scale for scale in model.scales))
-
-
-def _check_sizes(recipe: Recipe, model: Network, processes: Processes) -> None:
-    grid = _grid(model)
-    for stage in recipe.stages:
-        if stage.size % grid:
-            raise RecipeError(f"stage {stage.name!r}: size {stage.size} is not a multiple of {grid}, the network's")
-        if stage.batch % processes.count:
-            raise RecipeError(
-                f"stage {stage.name!r}: a batch of {stage.batch} cannot be shared by {processes.count} processes evenly"
-            )
 
 
 def _git_commit() -> str | None:

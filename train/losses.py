@@ -163,7 +163,8 @@ class CombinedLoss(nn.Module):
     """Weighted sum of the terms that a LossConfig switches on.
 
     sum_i w_i L1(f_i) + sum_i w_i^2 * style * L1(G_i) is the perceptual part of SEEDS A.
-    forward returns the total and each weighted term by name.
+    forward takes SR and HR, (N, 3, H, W) float in [0, 1], and returns the total and each weighted term by name; the
+    teacher's term, which takes LR as well, is added in a step (Learner.losses).
     """
 
     def __init__(self, config: LossConfig, *, weights: Path | str | None = None):
@@ -172,9 +173,12 @@ class CombinedLoss(nn.Module):
             raise RecipeError(f"loss.pixel: one of {', '.join(PIXEL_LOSSES)}, not {config.pixel!r}")
         if config.feature_distance not in DISTANCES:
             raise RecipeError(f"loss.feature_distance: one of {', '.join(DISTANCES)}, not {config.feature_distance!r}")
-        weights_of_terms = (config.pixel_weight, config.luma_weight, config.colour_weight, config.hfen_weight)
-        if not any(weights_of_terms) and not config.feature_net:
+        others = [config.luma_weight, config.colour_weight, config.grid_weight, config.hfen_weight]
+        is_perceptual = config.feature_net and (config.feature_weight and any(config.feature_weights))
+        if not any((config.pixel_weight, *others, config.teacher_weight, is_perceptual)):
             raise RecipeError("loss: every term is switched off")
+        if config.luma_weight and config.pixel == "l1_normalised":
+            raise RecipeError("loss.luma_weight: l1_normalised is for three channels; take another loss.pixel")
         self.config = config
         self.features: FeatureNet | None = None
         if config.feature_net:
@@ -210,4 +214,4 @@ class CombinedLoss(nn.Module):
                 with torch.autocast(sr.device.type, enabled=False):  # it would round the products again
                     grams = [w**2 * F.l1_loss(gram_matrix(a.float()), gram_matrix(b.float())) for w, a, b in triples]
                 terms["style"] = config.feature_weight * config.style_weight * torch.stack(grams).sum()
-        return torch.stack(list(terms.values())).sum(), terms
+        return sum(terms.values(), sr.new_zeros(())), terms

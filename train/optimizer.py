@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .errors import RecipeError
 from .models.network import Network
 from .recipe import OptimizerConfig, PhaseConfig
 from .schedule import group_rates
@@ -91,11 +92,14 @@ def make_optimizers(network: nn.Module, config: OptimizerConfig, phase: PhaseCon
     """Make the optimisers of what is trained in a phase: AdamW, and Muon for hidden convolutions where it is asked for.
 
     Each group of layers has its highest rate under "highest_rate".
+    Raises: RecipeError if Muon is asked for and the network has nothing for it.
     """
     hidden: set[int] = set()
     modules: list[nn.Module] = [network]
     if isinstance(network, Network):  # else a critic: one group, AdamW
         hidden = {id(p) for p in network.hidden_weights()} if config.muon_rate else set()
+        if config.muon_rate and not hidden:
+            raise RecipeError(f"optimizer.muon_rate: {type(network).__name__} has no weights for Muon; leave it 0")
         modules = network.layer_groups()
     rates = group_rates(phase.encoder_learning_rate, phase.learning_rate, len(modules))
     adam: list[dict[str, Any]] = []

@@ -117,7 +117,7 @@ def read_panel(path: Path) -> list[Row]:
         text = image.info.get(LAYOUT)
         panel = np.asarray(image.convert("RGB"))
     try:
-        layout = json.loads(text) if text else _old_layout(panel)
+        layout = json.loads(text or "null")
         zoom, titles, columns = layout["zoom"], layout["title_height"], layout["columns"]
         (height, width), (lr_height, lr_width) = layout["size"], layout["lr_size"]
         rows = []
@@ -136,23 +136,6 @@ def read_panel(path: Path) -> list[Row]:
     except (KeyError, TypeError, ZeroDivisionError) as exc:
         raise ValueError(f"{path}: not a panel of sr-train ({exc})") from exc
     return [(np.ascontiguousarray(lr), np.ascontiguousarray(sr), np.ascontiguousarray(hr)) for lr, sr, hr in rows]
-
-
-def _old_layout(panel: np.ndarray) -> dict[str, Any]:
-    """Describe the panels of runs before 1.0: four square columns without gaps, and a scale that is not told."""
-    side, titles = panel.shape[1] // 4, 16
-    columns = ["nearest", "bilinear", "prediction", "target"]
-    rows, rest = divmod(panel.shape[0], side + titles)
-    if rest or not rows or panel.shape[1] % 4:
-        raise ValueError("not a panel of sr-train")
-    nearest = panel[titles : titles + side, :side]
-    scale = next((s for s in (4, 3, 2) if side % s == 0 and _is_enlarged(nearest, s)), 1)
-    layout = {"rows": rows, "size": [side, side], "lr_size": [side // scale] * 2, "columns": columns}
-    return layout | {"zoom": 1, "gap": 0, "title_height": titles}
-
-
-def _is_enlarged(picture: np.ndarray, scale: int) -> bool:
-    return np.array_equal(picture, picture[::scale, ::scale].repeat(scale, 0).repeat(scale, 1))
 
 
 # Curves
@@ -202,8 +185,9 @@ def number(value: object) -> float:
 
 def validation_of(entry: dict[str, Any]) -> dict[str, float]:
     """Give what an entry of the log measured on the validation pictures; {} if nothing."""
-    values = entry.get("validation") if isinstance(entry.get("validation"), dict) else {}
-    values = {"psnr_y": entry.get("psnr_y"), **(values or {})}  # logs before 1.0 hold the PSNR alone
+    values = entry.get("validation")
+    if not isinstance(values, dict):
+        return {}
     return {str(name): number(value) for name, value in values.items() if value is not None}
 
 

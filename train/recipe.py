@@ -25,6 +25,7 @@ RECIPE_DIR = Path(__file__).parent / "recipes"
 RESIZE_FILTERS = ("bicubic", "bilinear")
 SCHEDULES = ("one-cycle", "constant")
 PHASE_KINDS = ("generator", "critic", "adversarial")
+MAX_BASES = 8  # more is a circle
 MAX_NUMBER = 1e18  # what fits into 64 bits, and is no mistake of typing
 DISTANCES = ("l1", "mse", "unit")
 
@@ -192,8 +193,19 @@ def load_recipe(name_or_path: str, *, task: str | None = None, overrides: tuple[
 
     task: a name in train.tasks.
     overrides: such as "loss.pixel=l1" or "stages.0.batch=8"; values are written as in TOML, bare words are strings.
+    A file's `base = NAME` is another recipe, or a file beside it, of which it changes what it names.
     Raises: RecipeError for an unknown recipe or key, or a value of the wrong type.
     """
+    values = _read_recipe(name_or_path)
+    if task is not None:
+        values = merge(values, load_task(task))
+    for override in overrides:
+        _apply_override(values, override)
+    return recipe_from_dict(values)
+
+
+def _read_recipe(name_or_path: str, *, depth: int = 0) -> dict[str, Any]:
+    """Read a recipe's plain values, laid over those of its base."""
     path = Path(name_or_path)
     if path.suffix != ".toml":
         path = RECIPE_DIR / f"{name_or_path}.toml"
@@ -208,11 +220,13 @@ def load_recipe(name_or_path: str, *, task: str | None = None, overrides: tuple[
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
         raise RecipeError(f"{path}: not a TOML file: {exc}") from exc
     values.setdefault("name", path.stem)
-    if task is not None:
-        values = merge(values, load_task(task))
-    for override in overrides:
-        _apply_override(values, override)
-    return recipe_from_dict(values)
+    base = values.pop("base", None)
+    if base is None:
+        return values
+    if not isinstance(base, str) or depth >= MAX_BASES:
+        raise RecipeError(f"{path}: base is the name of a recipe or a .toml file, at most {MAX_BASES} deep")
+    beside = path.parent / base
+    return merge(_read_recipe(str(beside) if beside.suffix == ".toml" else base, depth=depth + 1), values)
 
 
 def recipe_from_dict(values: dict[str, Any]) -> Recipe:

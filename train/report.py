@@ -101,20 +101,29 @@ def _training(recipe: Recipe, known: dict[str, Any]) -> list[Markup]:
     whole = element("table", caption, header, element("tbody", join(rows)), class_="recipe")
     return [
         element("h2", "What is trained"),
-        *(element("p", sentence) for sentence in in_words(recipe)),
+        *(element("p", sentence) for sentence in in_words(recipe, paired=known.get("low_resolution"))),
         element("p", _origin(known)),
         element("p", difference),
         element("details", element("summary", "The whole recipe"), scrolling(whole, "The whole recipe")),
     ]
 
 
-def in_words(recipe: Recipe) -> list[str]:
-    """Describe a recipe for people: network, input, loss, and a sentence for each stage."""
+def in_words(recipe: Recipe, *, paired: str | None = None) -> list[str]:
+    """Describe a recipe for people: network, input, loss, and a sentence for each stage.
+
+    paired: the folder that the input came from, ready made.
+    """
     model, degrade, loss = recipe.model, recipe.degrade, recipe.loss
     options = ", ".join(f"{key} {_text(value)}" for key, value in model.options.items())
     scales = " and ".join(f"x{scale}" for scale in model.scales)
     shares = [key.removesuffix("_probability") for key in asdict(degrade) if key.endswith("_probability")]
     damages = [f"{name} on {share:.0%}" for name in shares if (share := getattr(degrade, f"{name}_probability"))]
+    source = (
+        f"The input comes from the folder {paired!r}, as it is."
+        if paired is not None
+        else f"The input is a {degrade.resize} reduction, "
+        + (f"damaged: {', '.join(damages)} of the samples." if damages else "not damaged otherwise.")
+    )
     terms = [f"{loss.pixel} {loss.pixel_weight:g}"] if loss.pixel_weight else []
     named = {"pixel_weight", "feature_weight", "style_weight"}
     others = [key for key in asdict(loss) if key.endswith("_weight") and key not in named]
@@ -125,9 +134,7 @@ def in_words(recipe: Recipe) -> list[str]:
         f"Recipe {recipe.name or 'without a name'!r} trains the network {model.name!r}"
         + (f" ({options})" if options else "")
         + f" to enlarge {scales}, with seed {recipe.seed}."
-        f" The input is a {degrade.resize} reduction, "
-        + (f"damaged: {', '.join(damages)} of the samples." if damages else "not damaged otherwise.")
-        + f" The loss adds up {', '.join(terms) or 'nothing'}, with these weights."
+        f" {source} The loss adds up {', '.join(terms) or 'nothing'}, with these weights."
     ]
     for stage in recipe.stages:
         phases = [

@@ -42,7 +42,7 @@ def validate(
 ) -> Look:
     """Degrade and enlarge photographs, the same way every time. model: in eval mode; its first scale is taken."""
     scale = model.scales[0]
-    grid = max(model.stride(each) * each for each in model.scales)
+    grid = model.output_grid()
     sides = (side for picture in photographs.pictures for side in picture.shape[:2])
     size = min(MAX_SIDE, *sides) // grid * grid
     sums: dict[str, float] = {}

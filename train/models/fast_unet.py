@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .icnr import icnr_, zero_bias_
+from .interpolated import enlarge
 from .network import Network
 
 
@@ -130,10 +131,7 @@ class FastUNet(Network):
         level2 = self.decoder2(self.up2(level3) + level2)
         level1 = self.decoder1(self.up1(level2) + level1)
         detail = self.shuffle(self.tail(level1))
-        if scale == 1:
-            return lr + detail
-        skip = F.interpolate(lr, scale_factor=float(scale), mode="bilinear", align_corners=False)
-        return skip + detail
+        return enlarge(lr, scale) + detail
 
 
 def _resample(kernel: Tensor, size: int) -> Tensor | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 
 from torch import Tensor, nn
@@ -9,9 +10,13 @@ from torch.nn.utils import parametrize
 
 
 class Network(nn.Module, ABC):
-    """Base of every network; a plain one defines `forward` and `stride` and sets `scales`."""
+    """Base of every network; a plain one defines `forward` and `stride` and sets `scales`.
+
+    is_trained: whether all weights come from a run, so that a frozen phase holds good ones still.
+    """
 
     scales: tuple[int, ...]
+    is_trained = False
 
     @abstractmethod
     def forward(self, lr: Tensor, scale: int) -> Tensor:
@@ -21,12 +26,16 @@ class Network(nn.Module, ABC):
     def stride(self, scale: int) -> int:
         """Give the grid, in LR pixels, that heights and widths must lie on."""
 
+    def output_grid(self) -> int:
+        """Give the grid of HR sides on which every scale can work."""
+        return math.lcm(*(self.stride(scale) * scale for scale in self.scales))
+
     def layer_groups(self) -> list[nn.Module]:
         """Give the parts with a learning rate of their own, input end first."""
         return [self]
 
     def freezable_parameters(self) -> list[Tensor]:
-        """Give the pretrained parameters that a frozen phase holds still."""
+        """Give the parameters that a frozen phase holds still, which are pretrained."""
         return []
 
     def hidden_weights(self) -> list[Tensor]:

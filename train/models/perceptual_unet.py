@@ -87,10 +87,11 @@ class PerceptualUNet(InterpolatedNetwork):
         return [stem, deep, ours]
 
     def freezable_parameters(self) -> list[Tensor]:
-        """Give the convolutions that came with pretrained weights; BatchNorm stays trainable."""
+        """Give the encoder's convolutions that have trained weights; BatchNorm stays trainable."""
         convolutions = {f"{name}.weight" for name, m in self.encoder.named_modules() if isinstance(m, nn.Conv2d)}
         parameters = dict(self.encoder.named_parameters())
-        return [parameters[name] for name in sorted(convolutions & self.pretrained)]
+        trained = convolutions if self.is_trained else convolutions & self.pretrained
+        return [parameters[name] for name in sorted(trained)]
 
     def grown_parameters(self) -> list[Tensor]:
         """Give the parameters of the last growth layer."""
