@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL
@@ -16,7 +17,16 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from train import check
-from train.check import NEAR_BITS, Copy, check_data, copies_before, hold_out, inspect_folder, inspect_picture
+from train.check import (
+    NEAR_BITS,
+    Copy,
+    check_data,
+    copies_before,
+    hold_out,
+    inspect_folder,
+    inspect_picture,
+    read_picture,
+)
 from train.data import read_photographs, split_validation
 from train.errors import DataError, ResourceError
 
@@ -332,10 +342,10 @@ def test_faults_that_may_pass_are_not_remembered(
 ) -> None:
     opened = Image.open
 
-    def fail(path: Path) -> Image.Image:
+    def fail(path: Path, **options: Any) -> Image.Image:
         if path.name == "photo0.png":
             raise PermissionError(13, "Permission denied")
-        return opened(path)
+        return opened(path, **options)
 
     monkeypatch.setattr(Image, "open", fail)
     assert [each.file for each in check_data(photo_folder, smallest_side=96).unreadable] == ["photo0.png"]
@@ -461,3 +471,16 @@ def test_checking_needs_no_torch(photo_folder: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "6"
+
+
+def test_postscript_behind_a_wrong_suffix_starts_no_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    (programs / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
+    (programs / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", str(programs), prepend=os.pathsep)
+    (tmp_path / "a.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\nshowpage\n")
+    assert inspect_picture(tmp_path / "a.png").error == "not a picture"
+    with pytest.raises(Exception, match="cannot identify"):
+        read_picture(tmp_path / "a.png")
+    assert not (tmp_path / "started").exists()

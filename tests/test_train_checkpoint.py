@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from safetensors import safe_open
 
 from train import checkpoint as module
+from train.atomic import read_json
 from train.checkpoint import (
     FACTS,
     TENSORS,
@@ -142,3 +144,49 @@ def test_the_newest_is_found_and_the_rest_deleted(tmp_path: Path) -> None:
 
 def test_stage_folder(tmp_path: Path) -> None:
     assert stage_folder(tmp_path, "128") == tmp_path / "stages" / "128"
+
+
+def steps(run: Path, *names: str) -> Path:
+    for name in names:
+        save_checkpoint(run / "checkpoints" / name, Checkpoint({"a": torch.zeros(1)}, {"name": name}))
+    return run
+
+
+def test_a_replacement_killed_half_way_loses_nothing(tmp_path: Path) -> None:
+    run = steps(tmp_path, "step-000000001", "step-000000002")
+    folders = run / "checkpoints"
+    (folders / "step-000000002").rename(folders / ".step-000000002.old")
+    (folders / ".step-000000002.tmp").mkdir()
+    newest = latest_checkpoint(run)
+    assert newest is not None and load_checkpoint(newest).facts == {"name": "step-000000002"}
+    keep_latest(run, 2)
+    assert sorted(path.name for path in folders.iterdir()) == [".step-000000002.old", "step-000000001"]
+    steps(run, "step-000000003", "step-000000004")
+    keep_latest(run, 2)
+    assert sorted(path.name for path in folders.iterdir()) == ["step-000000003", "step-000000004"]
+
+
+def test_what_a_user_has_put_beside_checkpoints_is_none(tmp_path: Path) -> None:
+    run = steps(tmp_path, "step-000000009", "step-1000000000", "step-000000010.bak", "step-latest", "best")
+    newest = latest_checkpoint(run)
+    assert newest is not None and newest.name == "step-1000000000"
+    (run / "checkpoints" / ".step-x").write_text("")
+    keep_latest(run, 1)
+    left = {path.name for path in (run / "checkpoints").iterdir()}
+    assert left == {"step-1000000000", "step-000000010.bak", "step-latest", "best"}
+
+
+def test_a_folder_of_checkpoints_that_cannot_be_read_is_told(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").write_text("")
+    with pytest.raises(CheckpointError, match=r"checkpoints: cannot be read"):
+        latest_checkpoint(tmp_path)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes are POSIX")
+def test_json_that_cannot_be_read_is_an_error_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.json")
+    with pytest.raises(FileNotFoundError):
+        read_json(tmp_path / "pipe.json")
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="nested too deeply"):
+        read_json(tmp_path / "deep.json")

@@ -10,7 +10,9 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import click
 import numpy as np
 import pytest
 import torch
@@ -20,7 +22,7 @@ from train import cli
 from train.checkpoint import latest_checkpoint, load_checkpoint, stage_folder
 from train.cli import _without_folder, main
 from train.loop import Progress
-from train.run_folder import read_log
+from train.run_folder import hold, read_log
 from train.validation import colour_drift
 
 ROOT = Path(__file__).parent.parent
@@ -252,7 +254,48 @@ def test_an_unwritable_out_is_one_line(photo_folder: Path, recipe: Path, tmp_pat
     assert_one_line(result, "cannot be written")
     assert_one_line(run(photo_folder, "--recipe", recipe, "--out", tmp_path / "file"), "cannot be written")
     found = run(photo_folder, "--recipe", recipe, "--out", tmp_path / "file", "--find-lr")
+    assert_one_line(found, "cannot be written")
+    (tmp_path / "run" / "find_lr.png").mkdir(parents=True)
+    found = run(photo_folder, "--recipe", recipe, "--out", tmp_path / "run", "--find-lr")
     assert_one_line(found, "find_lr.png: cannot be written")
+
+
+def test_a_run_does_not_lie_among_its_photographs(photo_folder: Path, recipe: Path) -> None:
+    for out in (photo_folder, photo_folder / "run"):
+        result = run(photo_folder, "--recipe", recipe, "--out", out)
+        assert_one_line(result, "lies in the folder of the photographs, which it would become part of")
+    assert not (photo_folder / "run").exists()
+
+
+def test_a_second_sr_train_waits_outside(photo_folder: Path, recipe: Path, tmp_path: Path) -> None:
+    with hold(tmp_path / "run"):
+        result = run(photo_folder, "--recipe", recipe, "--out", tmp_path / "run")
+        assert_one_line(result, "another sr-train writes here; wait for it, or choose another --out")
+    assert run(photo_folder, "--recipe", recipe, "--out", tmp_path / "run", "--max-steps", "1").exit_code == 0
+
+
+def test_a_terminal_that_is_gone_does_not_end_a_run(
+    photo_folder: Path, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    echo = click.echo
+
+    def broken(message: Any = None, err: bool = False, **options: Any) -> None:
+        if err and str(message).startswith("stage "):
+            raise BrokenPipeError(32, "Broken pipe")
+        echo(message, err=err, **options)
+
+    monkeypatch.setattr("train.cli.click.echo", broken)
+    result = run(photo_folder, "--recipe", recipe, "--out", tmp_path / "run")
+    assert result.exit_code == 0 and "done: 32" in result.output, result.output
+
+
+def test_a_report_that_is_missing_is_written_when_the_run_is_called_again(
+    photo_folder: Path, recipe: Path, tmp_path: Path
+) -> None:
+    run(photo_folder, "--recipe", recipe, "--out", tmp_path / "run")
+    (tmp_path / "run" / "report.html").unlink()
+    assert "finished already" in run(photo_folder, "--recipe", recipe, "--out", tmp_path / "run").output
+    assert (tmp_path / "run" / "report.html").is_file()
 
 
 def test_a_diverging_run_is_one_line(photo_folder: Path, recipe: Path, tmp_path: Path) -> None:

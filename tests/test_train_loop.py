@@ -228,8 +228,11 @@ def test_resume_tells_what_may_change_the_result(
     assert "precision: fp32 before, bf16 now" in caplog.text
 
 
-@pytest.mark.parametrize("damage", ["position", "tensors", "half"])
-def test_resume_refuses_a_damaged_checkpoint(damage: str, photo_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("damage", [
+    "position", "tensors", "half", "ema", "moment", {"position": [0, 0, -5]}, {"position": [0, 0, 2.5]},
+    {"position": [9, 0, 0]}, {"position": [0, 7, 0]}, {"position": 3}, {"done_steps": "2"}, {"best": [1]},
+])  # fmt: skip
+def test_resume_refuses_a_damaged_checkpoint(damage: str | dict[str, Any], photo_folder: Path, tmp_path: Path) -> None:
     make_trainer(photo_folder, tmp_path, max_steps=1).train()
     folder = latest_checkpoint(tmp_path)
     assert folder is not None
@@ -237,6 +240,14 @@ def test_resume_refuses_a_damaged_checkpoint(damage: str, photo_folder: Path, tm
         facts = json.loads((folder / "state.json").read_text())
         del facts["position"]
         (folder / "state.json").write_text(json.dumps(facts))
+    elif isinstance(damage, dict):
+        facts = json.loads((folder / "state.json").read_text())
+        (folder / "state.json").write_text(json.dumps(facts | damage))
+    elif damage in ("ema", "moment"):
+        tensors = load_checkpoint(folder).tensors
+        name = next(key for key in tensors if key.startswith("ema." if damage == "ema" else "optimizer.tail.weight"))
+        tensors[name] = tensors[name].flatten()[:1].clone()
+        save_file(tensors, folder / "state.safetensors")
     elif damage == "tensors":
         save_file({"model.x": torch.zeros(1)}, folder / "state.safetensors")
     else:
@@ -294,6 +305,13 @@ def test_init_starts_from_a_checkpoint(photo_folder: Path, tmp_path: Path) -> No
     best = load_checkpoint(tmp_path / "source" / "checkpoints" / "best")
     assert same(trainer.model.state_dict(), best.group("ema"))
     assert trainer.facts["init"]["steps"] == best.facts["done_steps"] > 0
+
+
+@pytest.mark.parametrize("weights", [{}, {"head.weight": torch.zeros(8), "tail.weight": torch.zeros(48)}])
+def test_init_refuses_a_bundle_of_nothing(weights: dict[str, Tensor], photo_folder: Path, tmp_path: Path) -> None:
+    trainer = make_trainer(photo_folder, tmp_path / "run")
+    with pytest.raises(CheckpointError, match="do not fit this recipe's network"):
+        trainer.start_from(weights)
 
 
 def test_init_refuses_another_network_and_an_empty_run(photo_folder: Path, tmp_path: Path) -> None:
@@ -418,6 +436,55 @@ def test_a_step_that_ran_out_of_memory_leaves_none_of_it(
     with pytest.raises(ResourceError, match="1 would fit"):
         trainer.train()
     assert len(results) == 2
+
+
+def test_what_ends_a_run_between_two_steps_costs_no_step(photo_folder: Path, tmp_path: Path) -> None:
+    trainer = make_trainer(photo_folder, tmp_path)
+
+    def gone(progress: Progress) -> None:
+        if progress.done_steps >= 3:
+            raise RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly")
+
+    trainer.train(stop=lambda: trainer.done_steps == 2)
+    trainer = make_trainer(photo_folder, tmp_path)
+    trainer.resume()
+    with pytest.raises(ResourceError, match="a process that prepares samples was ended from outside"):
+        trainer.train(report=gone)
+    resumed = make_trainer(photo_folder, tmp_path)
+    assert resumed.resume() and resumed.done_steps == 3
+    resumed.train()
+    whole = make_trainer(photo_folder, tmp_path / "whole")
+    whole.train()
+    assert same(whole.model.state_dict(), resumed.model.state_dict())
+
+
+def test_a_failure_inside_a_step_is_not_saved(
+    photo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make_trainer(photo_folder, tmp_path)
+    monkeypatch.setattr(trainer, "_update_ema", lambda: 1 / 0)  # the weights have moved by then
+    with pytest.raises(ZeroDivisionError):
+        trainer.train()
+    assert latest_checkpoint(tmp_path) is None
+
+
+def test_a_failing_look_leaves_the_weights(photo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = make_trainer(photo_folder, tmp_path)
+    trainer.train(stop=lambda: trainer.done_steps == 3)
+    before = {key: value.clone() for key, value in trainer.model.state_dict().items()}
+    monkeypatch.setattr("train.loop.validate", lambda *args, **options: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        trainer.look()
+    assert same(trainer.model.state_dict(), before) and trainer.model.training
+
+
+def test_pictures_that_do_not_fit_into_memory_are_told_before_they_are_decoded(
+    photo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("train.data.memory_bytes", lambda: 10_000)
+    monkeypatch.setattr("train.data.read_picture", lambda path: pytest.fail("decoded"))
+    with pytest.raises(ResourceError, match=r"photos: 6 pictures take .* GB in memory, and 0.0 GB are free"):
+        make_trainer(photo_folder, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["panels", "log.jsonl", "checkpoints", "stages", "loss.png"])

@@ -186,7 +186,9 @@ def test_an_interrupted_folder_is_completed(
         # Nothing half-written stays.
         assert contents(out).items() <= contents(whole).items()
     monkeypatch.setattr(os, "replace", replace)
-    stamps = {path: path.stat().st_mtime_ns for path in out.rglob("*.png")}
+    written = [path.relative_to(out / "lr") for path in (out / "lr").rglob("*.png")]
+    whole_pairs = [out / part / path for path in written if (out / "hr" / path).exists() for part in ("lr", "hr")]
+    stamps = {path: path.stat().st_mtime_ns for path in whole_pairs}
     assert 0 < len(stamps) < 12
     write_pairs(photo_folder, out, config=NOISE, scale=2, seed=1)
     assert contents(out) == contents(whole)
@@ -303,3 +305,19 @@ def test_the_command_tells_mistakes_in_one_line(photo_folder: Path, tmp_path: Pa
         assert result.exit_code == 1 and "Traceback" not in result.output
         assert expected in result.output.splitlines()[-1]
         assert not (tmp_path / "out").exists()
+
+
+def test_half_a_pair_is_made_anew_as_a_whole(tmp_path: Path, make_photo: MakePhoto) -> None:
+    """The picture may have been replaced in between: an LR picture beside another HR picture is no pair."""
+    for number in range(2):
+        save(make_photo(64, 64, number), tmp_path / "hr" / f"{number}.png")
+    config = DegradeConfig()
+    write_pairs(tmp_path / "hr", tmp_path / "out", config=config, scale=2, seed=1)
+    save(make_photo(64, 64, 9), tmp_path / "hr" / "0.png")
+    (tmp_path / "out" / "lr" / "0.png").unlink()
+    (tmp_path / "out" / "hr" / "1.png").write_bytes(b"")
+    write_pairs(tmp_path / "hr", tmp_path / "out", config=config, scale=2, seed=1)
+    for number, seed in enumerate((9, 1)):
+        hr = make_photo(64, 64, seed)
+        assert np.array_equal(pixels(tmp_path / "out" / "hr" / f"{number}.png"), hr)
+        assert np.array_equal(pixels(tmp_path / "out" / "lr" / f"{number}.png"), reduced(hr, 2))

@@ -11,7 +11,7 @@ import pytest
 from train.errors import CheckpointError, RecipeError, ResourceError
 from train.models import BUILDERS
 from train.recipe import PhaseConfig, Recipe, differences, load_recipe, recipe_from_dict, recipe_names
-from train.run_folder import append_log, cut_log, load_run, read_log, write_run
+from train.run_folder import append_log, cut_log, hold, load_run, read_log, write_run
 
 
 def test_shipped_recipes() -> None:
@@ -109,7 +109,7 @@ def test_overrides() -> None:
         ("stages=3", "recipe.stages: expected a list, got 3"),
         ("degrade.jpeg_quality=[1,2,3]", "recipe.degrade.jpeg_quality: expected 2 values, got 3"),
         ("degrade.jpeg_quality=[70,10]", r"degrade.jpeg_quality: expected \[lowest, highest\]"),
-        ("degrade.jpeg_quality=[10,101]", "degrade.jpeg_quality: expected at most 100"),
+        ("degrade.jpeg_quality=[10,101]", "degrade.jpeg_quality: expected .* from 0 to 100"),
         ("degrade.noise_probability=2", "degrade.noise_probability: expected a share from 0 to 1"),
         ("degrade.resize=lanczos", "degrade.resize: expected one of bicubic, bilinear"),
         ("optimizer.ema_decay=1", "optimizer.ema_decay: expected 0 <= ema_decay < 1"),
@@ -121,8 +121,8 @@ def test_overrides() -> None:
         ("stages.0.name='192'", "stages need distinct names"),
         ("stages.0.name=../up", "expected a name of letters, digits"),
         ("stages.0.size=97", "size 97 is not a multiple of"),
-        ("stages.0.batch=0", "expected size >= 16, batch >= 1 and a phase"),
-        ("stages.0.phases=[]", "expected size >= 16, batch >= 1 and a phase"),
+        ("stages.0.batch=0", "expected size 16 and batch 1 to 65536"),
+        ("stages.0.phases=[]", "expected a phase at least"),
         ("stages.0.phases.0.epochs=0", "stage '96', phase 'all': expected epochs > 0 and learning_rate > 0"),
         ("stages.0.phases.0.learning_rate=nan", "learning_rate: expected a number up to 1e[+]18, got nan"),
         ("stages.0.phases.0.epochs=inf", "epochs: expected a number up to 1e[+]18, got inf"),
@@ -135,15 +135,38 @@ def test_overrides() -> None:
         ("loss.pixel_weight=-1", "loss.pixel_weight: expected a number that is not negative"),
         ("loss.feature_weights=[1.0, -1.0]", "loss.feature_weights: expected none negative"),
         ("stages.-1.batch=1", "'-1' is not an index below 2"),
-        ("model.options.channels=0", "model.options.channels: expected 1 or more"),
-        ("model.options.growth=-1", "model.options.growth: expected 0 or more"),
-        ("adversarial.options.blocks=-3", "adversarial.options.blocks: expected 0 or more"),
+        ("model.options.channels=0", "model.options.channels: expected 1 to 8192"),
+        ("model.options.growth=-1", "model.options.growth: expected 0 to 8192"),
+        ("adversarial.options.blocks=-3", "adversarial.options.blocks: expected 0 to 8192"),
         ("model.scales=[]", "model.scales: expected at least one scale"),
     ],
 )
 def test_a_wrong_override_is_refused(override: str, message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         load_recipe("fast", overrides=(override,))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("stages.0.batch=10000000", "size 16 and batch 1 to 65536"),
+        ("stages.0.name=" + "s" * 65, "a name of letters"),
+        ("stages.1.name=S96", "distinct names"),
+        ("degrade.holes=[1000000,1000000]", "from 0 to 1000"),
+        ("degrade.blur_sigma=[1.0,1e18]", "from 0 to 100"),
+        ("model.options.blocks=[100000000,2,2]", "0 to 8192"),
+        ("model.options.blocks=[-1,2,2]", "0 to 8192"),
+        ("model.options.channels=1000000000", "1 to 8192"),
+        ("seed=" + "9" * 5000, "expected int"),
+        ("seed=" + "9" * 400, "expected a number up to 1e+18"),
+        ("seed=" + "[" * 3000, "expected int"),
+        ("seed=1\nx=2", "expected int"),
+    ],
+)
+def test_numbers_without_sense_are_refused_at_once(override: str, message: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe("fast", overrides=("stages.0.name=s96", override))
+    assert message in str(caught.value) and len(str(caught.value)) < 500
 
 
 def test_unknown_and_broken_recipes_are_refused(tmp_path: Path) -> None:
@@ -211,3 +234,28 @@ def test_an_unwritable_run_folder_is_told(tmp_path: Path) -> None:
     with pytest.raises(ResourceError, match=r"recipe.json: cannot be written \(.*\); free space or choose --out"):
         write_run(tmp_path / "file" / "run", Recipe(), {})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"done_steps": "x"}', '{"done_steps": null}', '{"done_steps": [1]}', '{"done_steps": true}', "[" * 100_000,
+        '{"done_steps": ' + "9" * 5000 + "}",
+    ],
+)  # fmt: skip
+def test_lines_without_a_step_are_left_out(line: str, tmp_path: Path) -> None:
+    (tmp_path / "log.jsonl").write_text(line + '\n{"done_steps": 3}\n')
+    assert read_log(tmp_path) == [{"done_steps": 3}]
+
+
+def test_two_runs_never_share_a_folder(tmp_path: Path) -> None:
+    with hold(tmp_path / "run"):
+        with pytest.raises(ResourceError, match="another sr-train writes here"), hold(tmp_path / "run"):
+            pass
+        with hold(tmp_path / "other"):
+            pass
+    assert not (tmp_path / "run").exists()  # nothing was written there
+    with hold(tmp_path / "run"):
+        (tmp_path / "run" / "log.jsonl").touch()
+    with hold(tmp_path / "run"):
+        assert [path.name for path in (tmp_path / "run").iterdir()] == ["log.jsonl"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .atomic import replacing, write_json
+from .atomic import read_json, replacing, write_json
 from .data import Photographs, to_tensor
 from .models.critics import build_critic
 from .recipe import AdversarialConfig, DegradeConfig
@@ -35,7 +34,10 @@ class Adversary:
         self.has_turn = True
 
     def judge(self, sr: Tensor, hr: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Give the critic's loss: binary cross-entropy on results, which are 0, and photographs, which are 1."""
+        """Give the critic's loss: binary cross-entropy on results, which are 0, and photographs, which are 1.
+
+        sr, hr: (N, 3, H, W) float in [0, 1].
+        """
         false, true = self.critic(sr).float(), self.critic(hr).float()
         loss = (
             F.binary_cross_entropy_with_logits(false, torch.zeros_like(false))
@@ -138,6 +140,6 @@ def forget_results(run: Path) -> None:
 
 def _read_facts(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path)
     except (OSError, ValueError):
         return None

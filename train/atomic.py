@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,21 @@ def replacing(path: Path) -> Iterator[Path]:
     except OSError as exc:
         raise ResourceError(f"{path}: cannot be written ({exc.strerror or exc}); free space or choose --out") from exc
     finally:
-        if temporary.exists():  # on a disk that is read-only, unlink raises even without it
+        with suppress(OSError):  # there is nothing left as a rule, and on a read-only disk there never was
             temporary.unlink()
+
+
+def read_json(path: Path) -> Any:
+    """Read plain values from a regular file.
+
+    Raises: OSError if it is missing or cannot be read; ValueError for what is not JSON, or nested too deeply.
+    """
+    if not path.is_file():  # a pipe would be waited for
+        raise FileNotFoundError(errno.ENOENT, "no such file", str(path))
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError as exc:
+        raise ValueError("nested too deeply") from exc
 
 
 def write_json(value: Any, path: Path) -> None:

@@ -6,7 +6,6 @@ Needs no PyTorch; train.data takes from here what a picture is and which ones ar
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 import sys
@@ -24,11 +23,13 @@ import numpy as np
 import PIL
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from .atomic import write_json
+from .atomic import read_json, write_json
 from .commands import OneLineErrors
 from .errors import DataError, ResourceError
 
 LOG = logging.getLogger(__name__)
+# Others, such as PostScript behind a wrong suffix, would start programs or be no photographs.
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 # Perceptual hashes that differ in so few of 64 bits are one picture's. Of 565 photographs the two pairs of copies
 # differ in 0 and 4 bits, and no others in fewer than 14.
@@ -53,7 +54,10 @@ def find_pictures(folder: Path) -> list[Path]:
         raise DataError(
             f"{folder}: {'a file, not a' if folder.exists() else 'no such'} folder; give a folder of photographs"
         )
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    try:
+        paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    except OSError as exc:
+        raise DataError(f"{folder}: cannot be read ({exc})") from exc
     if not paths:
         raise DataError(f"{folder}: no pictures found ({', '.join(sorted(SUFFIXES))})")
     return paths
@@ -64,8 +68,14 @@ def read_picture(path: Path) -> np.ndarray:
 
     Raises: nearly anything on broken files; `describe_fault` words it.
     """
-    with Image.open(path) as image:
+    with Image.open(path, formats=FORMATS) as image:
         return _decode(image)
+
+
+def picture_size(path: Path) -> tuple[int, int]:
+    """Read (width, height) from a picture's head. Raises: as read_picture."""
+    with Image.open(path, formats=FORMATS) as image:
+        return image.size
 
 
 def _decode(image: Image.Image) -> np.ndarray:
@@ -166,7 +176,7 @@ def inspect_picture(path: Path) -> PictureFacts:
     Raises: ResourceError if memory ends.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             converted = _conversions(image)
             picture = _decode(image)
     except MemoryError as exc:
@@ -215,7 +225,7 @@ def _load_cache(path: Path | None) -> dict[str, tuple[list[int], PictureFacts]]:
     if path is None:
         return {}
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
+        stored = read_json(path)
         if {key: stored[key] for key in _cache_head()} != _cache_head():
             return {}
         return {name: (_stamp_from(entry), _facts_from(entry["facts"])) for name, entry in stored["pictures"].items()}

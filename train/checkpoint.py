@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +14,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from .atomic import read_json
 from .errors import CheckpointError, ResourceError
 
 TENSORS = "state.safetensors"
 FACTS = "state.json"
 MANIFEST = "manifest.json"  # of a bundle
+STEP = re.compile(r"\.?(step-(\d+))(?:\.old)?")  # the folder of a step, and what `save_checkpoint` puts aside of it
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     if not folder.exists() and _replaced(folder).exists():
         folder = _replaced(folder)  # killed between the two renames of save_checkpoint
     try:
-        facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+        facts = read_json(folder / FACTS)
         tensors = load_file(folder / TENSORS)
     except (OSError, ValueError, SafetensorError) as exc:
         others = [other for other in folder.parent.glob("step-*") if other != folder]
@@ -89,7 +92,7 @@ def load_bundle(folder: Path) -> Checkpoint:
     Raises: CheckpointError if they cannot be read.
     """
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        manifest = read_json(folder / MANIFEST)
         stage = manifest["stages"][-1]
         file = Path(stage["weights"]["name"]).name
         if not file.endswith(".safetensors"):
@@ -102,9 +105,25 @@ def load_bundle(folder: Path) -> Checkpoint:
 
 
 def latest_checkpoint(run: Path) -> Path | None:
-    """Find the newest resumable checkpoint of a run, or None."""
-    found = sorted((run / "checkpoints").glob("step-*"))
+    """Find the newest resumable checkpoint of a run, or None.
+
+    Raises: CheckpointError if the folder cannot be read.
+    """
+    found = _resumable(run)
     return found[-1] if found else None
+
+
+def _resumable(run: Path) -> list[Path]:
+    """List the checkpoints of steps, oldest first; one whose replacement was killed half-way counts."""
+    folder = run / "checkpoints"
+    try:
+        names = {path.name for path in folder.iterdir()}
+    except FileNotFoundError:
+        return []
+    except OSError as exc:
+        raise CheckpointError(f"{folder}: cannot be read ({exc.strerror})") from exc
+    steps = {match[1]: int(match[2]) for name in names if (match := STEP.fullmatch(name))}
+    return [folder / name for name in sorted(steps, key=lambda name: steps[name])]
 
 
 def keep_latest(run: Path, count: int) -> None:
@@ -114,8 +133,11 @@ def keep_latest(run: Path, count: int) -> None:
     """
     folders = run / "checkpoints"
     try:
-        for folder in (*sorted(folders.glob("step-*"))[:-count], *folders.glob(".step-*")):
-            shutil.rmtree(folder)
+        for folder in _resumable(run)[:-count]:
+            shutil.rmtree(folder if folder.exists() else _replaced(folder))
+        kept = {_replaced(folder) for folder in _resumable(run) if not folder.exists()}
+        for folder in set(folders.glob(".step-*")) - kept:
+            shutil.rmtree(folder) if folder.is_dir() else folder.unlink()
     except OSError as exc:
         raise ResourceError(f"{folders}: an old checkpoint could not be deleted ({exc})") from exc
 

@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,7 +70,7 @@ class _WithTools(OneLineErrors):
 @click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda:N.")
 @click.option("--precision", type=click.Choice(["auto", "fp32", "bf16"]), default="auto", show_default=True)
 @click.option(
-    "--workers", type=click.IntRange(min=0), default=1, show_default=True, help="Processes that prepare samples."
+    "--workers", type=click.IntRange(0, 256), default=1, show_default=True, help="Processes that prepare samples."
 )
 def main(
     data: Path,
@@ -106,8 +107,12 @@ def main(
     from .feature_nets import find_weights
     from .find_rate import find_rate
     from .loop import Settings, Trainer
+    from .report import PAGE, write_report
+    from .run_folder import hold
 
     find_pictures(data)  # a wrong folder is told before a network is built
+    if any(out.resolve().is_relative_to(folder.resolve()) for folder in (data, paired) if folder is not None):
+        raise click.UsageError(f"--out {out} lies in the folder of the photographs, which it would become part of")
     settings = Settings(device=device, precision=precision, workers=workers, max_steps=max_steps)
     trainer = Trainer(recipe, out, weights=find_weights(weights), settings=settings)
     trainer.facts["command"] = shlex.join(["sr-train", *map(_without_folder, sys.argv[1:])])
@@ -123,6 +128,8 @@ def main(
         f"{recipe.model.name}: {count:,} parameters; {trainer.device}, {trainer.facts['precision']}"
         + (f", {trainer.processes.count} processes" if trainer.processes.count > 1 else "")
     )
+    if is_first:
+        click.get_current_context().with_resource(hold(out))
     if find_lr:
         if init is not None:
             trainer.start_from_run(init)
@@ -134,6 +141,8 @@ def main(
     if trainer.resume():
         if trainer.finished:
             say(f"finished already, at step {trainer.done_steps}: nothing to do; the stages are in {out}/stages")
+            if is_first and not (out / PAGE).is_file():
+                write_report(out)
             return
         say(f"resumed {out} at step {trainer.done_steps}" + (", where --init is not needed" if init else ""))
     elif init is not None:
@@ -149,8 +158,6 @@ def main(
     finally:
         close()
     if is_first:
-        from .report import write_report
-
         page = write_report(out)
         say(f"report: {page}")
     if is_complete:
@@ -194,15 +201,18 @@ def _without_folder(argument: str) -> str:
 
 
 def _stop_on_signals() -> list[int]:
-    """Collect the first SIGINT or SIGTERM, so that the loop saves before it ends; a second one ends at once."""
+    """Collect the first of the signals that end, so that the loop saves before; a second one ends at once."""
+    from .loading import ENDS
+
     received: list[int] = []
 
     def handle(number: int, frame: object) -> None:
         received.append(number)
         signal.signal(number, signal.SIG_DFL)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, handle)
+    for number in ENDS:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup sets for SIGHUP
+            signal.signal(number, handle)
     return received
 
 
@@ -237,12 +247,13 @@ def _show_progress() -> Callable[[Progress], None]:
         left = f", {minutes:.1f} min left" if minutes is not None else ""
         found = progress.validation
         validation = f", validation {found['psnr_y']:.3f} dB" if found is not None else ""
-        click.echo(
-            f"stage {progress.stage} {progress.phase} {progress.step}/{progress.steps} "
-            f"({progress.done_steps}/{progress.all_steps}), rate {progress.learning_rate:.2e}, {terms}, "
-            f"{progress.images_per_second:.3g} images/s{left}{validation}",
-            err=True,
-        )
+        with suppress(OSError):  # a run outlives its terminal, and whoever reads its news; the log holds them too
+            click.echo(
+                f"stage {progress.stage} {progress.phase} {progress.step}/{progress.steps} "
+                f"({progress.done_steps}/{progress.all_steps}), rate {progress.learning_rate:.2e}, {terms}, "
+                f"{progress.images_per_second:.3g} images/s{left}{validation}",
+                err=True,
+            )
 
     return show
 

@@ -229,7 +229,7 @@ def _predict(model: Network, lr: np.ndarray, scale: int) -> np.ndarray:
 
 def _pairs_of_panel(runs: Sequence[Run]) -> list[tuple[np.ndarray, np.ndarray]]:
     """Cut LR and HR out of the newest panel that any of the runs has written."""
-    paths = [path for run in runs for path in (run.path / "panels").glob("*.png")]
+    paths = [path for run in runs for path in (run.path / "panels").glob("*.png") if path.is_file()]
     for path in sorted(paths, key=lambda path: path.stat().st_mtime, reverse=True):
         try:
             return [(lr, hr) for lr, _, hr in read_panel(path)[:PICTURES]]

@@ -6,6 +6,7 @@ import hashlib
 import logging
 import math
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,8 +18,17 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .check import describe_fault, find_pictures, hold_out, perceptual_hash, pixel_digest, read_picture
+from .check import (
+    describe_fault,
+    find_pictures,
+    hold_out,
+    perceptual_hash,
+    picture_size,
+    pixel_digest,
+    read_picture,
+)
 from .degrade import Damages, apply_damages, draw_damages, is_clean
+from .devices import memory_bytes
 from .errors import DataError, ResourceError
 from .recipe import DegradeConfig, StageConfig
 
@@ -155,6 +165,7 @@ def decode_all(
     Returns: (H, W, 3) uint8 RGB for each path, and "name (reason)" for each unreadable one.
     Raises: ResourceError if they do not fit into memory.
     """
+    _check_memory(paths, folder=folder)
     pictures: list[np.ndarray] = []
     unreadable: list[str] = []
     for index, path in enumerate(paths):
@@ -167,6 +178,20 @@ def decode_all(
             pictures.append(np.empty((0, 0, 3), np.uint8))
         progress(index + 1, len(paths))
     return pictures, unreadable
+
+
+def _check_memory(paths: Sequence[Path], *, folder: Path) -> None:
+    """Refuse more pictures than there is memory for: the system would end the process without a word."""
+    free = memory_bytes()
+    needed = 0
+    for path in paths:
+        with suppress(Exception):  # a broken file is told when it is decoded
+            needed += 3 * math.prod(picture_size(path))
+    if free is not None and needed > free:
+        raise ResourceError(
+            f"{folder}: {len(paths)} pictures take {needed / 1e9:.1f} GB in memory, and {free / 1e9:.1f} GB are free; "
+            "use fewer or smaller ones"
+        )
 
 
 def split_validation(photographs: AnyPhotographs, count: int) -> tuple[AnyPhotographs, AnyPhotographs]:

@@ -51,6 +51,15 @@ def choose_autocast(precision: str, device: torch.device) -> bool:
     return flags.is_file() and any(name in flags.read_text() for name in ("avx512_bf16", "amx_bf16"))
 
 
+def memory_bytes() -> int | None:
+    """Tell how much memory is free on the host; None where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration, ValueError, IndexError):
+        return None
+
+
 @dataclass(frozen=True)
 class Processes:
     """The processes of `torchrun` that train one network together; alone without it.

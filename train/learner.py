@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from .recipe import PhaseConfig, Recipe, StageConfig
 
 LOG = logging.getLogger(__name__)
 MAX_NON_FINITE = 10
+MEMORY_ERRORS = ("can't allocate memory", "could not create a primitive")  # of PyTorch, of oneDNN on CPUs
 
 
 class Learner:
@@ -98,9 +100,15 @@ class Learner:
         return found
 
     def load_tensors(self, groups: Callable[[str], dict[str, Tensor]]) -> None:
-        """Take over what `tensors` gave; the optimisers of a phase that has begun must be prepared."""
+        """Take over what `tensors` gave; the optimisers of a phase that has begun must be prepared.
+
+        Raises: KeyError, ValueError or RuntimeError for tensors that are missing, or not of this network.
+        """
         self.model.load_state_dict(groups("model"))
-        for key, value in groups("ema").items():
+        ema = groups("ema")
+        if {key: value.shape for key, value in ema.items()} != {key: value.shape for key, value in self.ema.items()}:
+            raise ValueError("the averaged weights are not those of this network")
+        for key, value in ema.items():
             self.ema[key].copy_(value)  # keeps the memory format, on which the last bit may depend
         if self.adversary:
             self.adversary.critic.load_state_dict(groups("critic"))
@@ -141,8 +149,23 @@ class Learner:
                 if isinstance(module, nn.modules.batchnorm._BatchNorm):
                     module.train(any(id(parameter) in trained for parameter in module.parameters()))
 
+    @contextmanager
+    def averaged(self) -> Iterator[Network]:
+        """Give the network with its averaged weights, in eval mode."""
+        raw = {key: value.clone() for key, value in self.model.state_dict().items()}
+        self.model.load_state_dict(self.ema)
+        self.model.eval()
+        try:
+            yield self.model
+        finally:
+            self.model.load_state_dict(raw)
+            self.set_mode()
+
     def enlarge(self, lr: Tensor, scale: int) -> Tensor:
-        """Run the network in the run's precision; as PyTorch has it, since pictures come in many sizes."""
+        """Run the network in the run's precision: (N, 3, h, w) float in [0, 1] to (N, 3, h*scale, w*scale) float32.
+
+        As PyTorch has it, since pictures come in many sizes.
+        """
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
             return self.model(lr, scale).float()
 
@@ -158,6 +181,7 @@ class Learner:
     def step(self, lr: Tensor, hr: Tensor, stage: StageConfig) -> dict[str, Tensor]:
         """Take one optimiser step and return the weighted loss terms.
 
+        lr: (N, 3, h, w) float32 in [0, 1]; in a critic's phase results of HR's size. hr: (N, 3, H, W).
         A step whose loss or gradient is not finite is skipped and counted, and returns nothing.
         Raises: DivergedError at the tenth of them in a row; ResourceError when memory runs out.
         """
@@ -278,4 +302,4 @@ class Learner:
 
 
 def _is_memory_error(exc: RuntimeError) -> bool:
-    return isinstance(exc, torch.OutOfMemoryError) or "can't allocate memory" in str(exc)
+    return isinstance(exc, torch.OutOfMemoryError) or any(text in str(exc) for text in MEMORY_ERRORS)

@@ -9,6 +9,9 @@ from typing import Any
 
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+# Signals that the parent saves at; SIGHUP is a terminal that was closed, and unknown on Windows.
+ENDS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
 
 class Steps(Sampler[list[int]]):
     """The sample indices of the steps `first` to `last` - 1; of each batch, the part of one of `count` processes."""
@@ -37,7 +40,8 @@ def _leave_signals_to_the_parent(worker: int) -> None:
 
     The second SIGTERM counts: it is also how a parent that leaves in mid-epoch ends workers that do not end themselves.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in ENDS:
+        signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))
 
 

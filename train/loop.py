@@ -7,8 +7,10 @@ import json
 import logging
 import math
 import platform
+import re
 import subprocess
 from collections.abc import Callable, Generator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +35,7 @@ from .checkpoint import (
 from .clock import Clock
 from .data import CropPairs, Photographs, read_photographs, split_validation, to_floats
 from .device_data import StoredPhotographs, device_batches, store
-from .errors import CheckpointError, DivergedError, RecipeError
+from .errors import CheckpointError, DivergedError, RecipeError, ResourceError, TrainError
 from .feature_nets import RANDOM_WEIGHTS
 from .learner import Learner
 from .loading import Made, Steps, batches
@@ -46,6 +48,8 @@ from .validation import to_batch, to_picture, validate
 
 LOG = logging.getLogger(__name__)
 KEPT_CHECKPOINTS = 2
+# As PyTorch's loader words it, in whatever line the news arrive.
+WORKER_ENDED = re.compile(r"DataLoader worker .*(exited unexpectedly|is killed by signal)")
 BEST = "best"  # checkpoint of the highest validation PSNR-Y
 
 
@@ -93,7 +97,11 @@ def phase_steps(recipe: Recipe, stage: StageConfig, phase: PhaseConfig, pictures
 
 
 class Trainer(Learner):
-    """One run: its networks, its position, and the folder it writes to."""
+    """One run: its networks, its position, and the folder it writes to.
+
+    weights: of pretrained networks, as in feature_nets.find_weights.
+    Raises: RecipeError, WeightsError, ResourceError for what cannot be built from the recipe here.
+    """
 
     def __init__(self, recipe: Recipe, out: Path, *, weights: Path | str | None, settings: Settings):
         super().__init__(recipe, weights=weights, device=settings.device, precision=settings.precision)
@@ -101,6 +109,7 @@ class Trainer(Learner):
         self.out, self.settings = out, settings
         self.position = (0, 0, 0)  # stage, phase, step within the phase
         self.best = -math.inf  # validation PSNR-Y
+        self.is_in_step = False  # between two steps weights and position belong together
         self.looked_at: tuple[int, dict[str, float]] | None = None  # done steps and metrics of the last look
         self.stored: StoredPhotographs | None = None  # photographs that lie in a GPU's memory
         self.facts: dict[str, Any] = {
@@ -135,6 +144,7 @@ class Trainer(Learner):
         """Read the data folder and set the validation pictures aside.
 
         low_resolution: folder of the pictures that the photographs are to be made of; None degrades them.
+        Raises: DataError for a folder without usable pictures; ResourceError if they do not fit into memory.
         """
         largest = max(stage.size for stage in self.recipe.stages)
         photographs: Photographs
@@ -221,9 +231,9 @@ class Trainer(Learner):
             self.facts["init"] = facts["init"]
             self.model.is_trained = True
         try:
-            stage, phase, step = facts["position"]
+            stage, phase, step = self._position_in(facts)
             self.position, self.done_steps = (stage, phase, step), facts["done_steps"]
-            self.best, self.skipped = facts.get("best") or -math.inf, facts.get("skipped", 0)
+            self.best, self.skipped = float(facts.get("best") or -math.inf), int(facts.get("skipped", 0))
             if step:
                 self.prepare_optimizers(self.recipe.stages[stage].phases[phase])
             if self.adversary:
@@ -233,13 +243,28 @@ class Trainer(Learner):
             raise CheckpointError(f"{folder}: damaged ({exc}); delete it to go on from the one before") from exc
         return True
 
+    def _position_in(self, facts: dict[str, Any]) -> tuple[int, int, int]:
+        """Read a checkpoint's position. Raises: KeyError, TypeError or ValueError if it is none of this recipe."""
+        stage, phase, step = facts["position"]
+        counts = (stage, phase, step, facts["done_steps"])
+        stages = self.recipe.stages
+        is_end = (stage, phase, step) == (len(stages), 0, 0)
+        if any(type(count) is not int or count < 0 for count in counts) or not (
+            is_end or (stage < len(stages) and phase < len(stages[stage].phases))
+        ):
+            raise ValueError(f"position {facts['position']} after {facts['done_steps']} steps")
+        return stage, phase, step
+
     def _changes_since(self, facts: dict[str, Any]) -> list[str]:
         """List what differs from a checkpoint's facts and would make another run of it.
 
         Stages that have not begun may be changed: what is done does not depend on them.
         """
         changes = differences(_as_now(facts.get("recipe")), json.loads(json.dumps(self.facts["recipe"])))
-        stage, phase, step = facts.get("position") or (0, 0, 0)
+        try:
+            stage, phase, step = self._position_in(facts)
+        except (KeyError, TypeError, ValueError):  # told in a moment
+            return []
         coming = range(stage + bool(phase or step), len(self.recipe.stages))
         changes = [change for change in changes if not change.startswith(tuple(f"stages.{i}." for i in coming))]
         if facts.get("fingerprint") != self.facts["fingerprint"]:
@@ -293,9 +318,25 @@ class Trainer(Learner):
 
         stop: asked before each step; when true, a checkpoint is saved and False is returned.
         At `max_steps` the stage's weights are written as well, as an incomplete stage, so that they can be exported.
+        Whatever else ends it between two steps, a checkpoint is saved if that can be.
         Returns: True if the run is complete.
-        Raises: DivergedError after ten non-finite losses in a row; ResourceError when memory or disk runs out.
+        Raises: DivergedError after ten non-finite losses in a row; ResourceError when memory or disk runs out, or a
+        process that prepares samples is killed.
         """
+        try:
+            return self._train(report, stop)
+        except Exception as exc:
+            if self.optimizers and not self.is_in_step:
+                with suppress(TrainError):  # the first error says why
+                    self.save()
+            if isinstance(exc, RuntimeError) and WORKER_ENDED.search(str(exc)):
+                raise ResourceError(
+                    f"a process that prepares samples was ended from outside, perhaps for want of memory ({exc}); "
+                    "the same command goes on from the last checkpoint, --workers 0 does without"
+                ) from exc
+            raise
+
+    def _train(self, report: Callable[[Progress], None], stop: Callable[[], bool]) -> bool:
         lengths = [
             [phase_steps(self.recipe, stage, phase, len(self.train_set)) for phase in stage.phases]
             for stage in self.recipe.stages
@@ -350,9 +391,11 @@ class Trainer(Learner):
                 share, beta1 = 1.0, self.recipe.adversarial.beta1
             for group in self.parameter_groups():
                 group["lr"], group["betas"] = group["highest_rate"] * share, (beta1, config.beta2)
+            self.is_in_step = True
             terms = self.step(lr, hr, stage)
             self.position = (stage_index, phase_index, step + 1)
             self.done_steps += 1
+            self.is_in_step = False
             clock.add(terms, stage.batch)
             if reports:
                 means, speed = clock.take_means()
@@ -436,15 +479,11 @@ class Trainer(Learner):
             return None
         if self.looked_at is not None and self.looked_at[0] == self.done_steps:
             return self.looked_at[1]
-        raw = {key: value.clone() for key, value in self.model.state_dict().items()}
-        self.model.load_state_dict(self.ema)
-        self.model.eval()
-        found = validate(
-            self.model, self.validation_set, loss=self.loss, config=self.recipe.degrade,
-            seed=self.recipe.seed, device=self.device, autocast=self.autocast,
-        )  # fmt: skip
-        self.model.load_state_dict(raw)
-        self.set_mode()
+        with self.averaged() as model:
+            found = validate(
+                model, self.validation_set, loss=self.loss, config=self.recipe.degrade,
+                seed=self.recipe.seed, device=self.device, autocast=self.autocast,
+            )  # fmt: skip
         plots.write_panel(found.rows[:4], self.out / "panels" / f"{self.done_steps:08d}.png")
         if found.metrics["psnr_y"] > self.best and self.optimizers and not self.non_finite:
             self.best = found.metrics["psnr_y"]

@@ -128,12 +128,17 @@ def states_by_name(network: nn.Module, optimizers: Iterable[torch.optim.Optimize
 
 
 def load_states(network: nn.Module, optimizers: Iterable[torch.optim.Optimizer], states: dict[str, Tensor]) -> None:
-    """Give optimisers back what `states_by_name` took."""
+    """Give optimisers back what `states_by_name` took.
+
+    Raises: KeyError for a parameter that is not the network's, ValueError for a state that is not the parameter's.
+    """
     parameters = dict(network.named_parameters())
     owners = {id(p): optimizer for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
     for name, tensor in states.items():
         parameter_name, _, key = name.rpartition(".")
         parameter = parameters[parameter_name]
+        if tensor.dtype != torch.float32 or tensor.shape not in ((), parameter.shape):
+            raise ValueError(f"{name}: {tuple(tensor.shape)} {tensor.dtype} is no state of {tuple(parameter.shape)}")
         # Device and memory format of the parameter, as a fresh optimiser makes them; step counts have no format.
         like = torch.empty_like(parameter) if tensor.ndim else torch.empty_like(tensor, device=parameter.device)
         owners[id(parameter)].state[parameter][key] = like.copy_(tensor)

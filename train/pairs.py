@@ -15,7 +15,7 @@ import click
 import numpy as np
 from PIL import Image
 
-from .atomic import replacing, write_json
+from .atomic import read_json, replacing, write_json
 from .check import describe_fault, find_pictures, read_picture, show_bar
 from .commands import OneLineErrors
 from .degrade import degrade
@@ -149,7 +149,8 @@ def write_pairs(
     _claim(out, {"format": FORMAT, "scale": scale, "seed": seed, "degrade": asdict(config)})
     for index, (name, path) in enumerate(sources.items()):
         targets = [out / part / f"{name}.png" for part in ("lr", "hr")]
-        if not all(target.exists() for target in targets):
+        # Both are made anew if one is missing or empty: the picture may be another by now.
+        if not all(target.is_file() and target.stat().st_size for target in targets):
             try:
                 hr = _read_on_grid(path, scale)
             except MemoryError as exc:
@@ -159,8 +160,7 @@ def write_pairs(
             else:
                 lr = degrade(hr, scale=scale, config=config, rng=_rng(seed, name))
                 for picture, target in zip((lr, hr), targets):
-                    if not target.exists():
-                        _write_png(picture, target)
+                    _write_png(picture, target)
         progress(index + 1, len(sources))
     if faults:
         raise DataError(f"{hr_folder}: {len(faults)} pictures have no pair, remove them: {'; '.join(faults)}")
@@ -191,7 +191,7 @@ def _claim(out: Path, settings: dict[str, Any]) -> None:
     wanted = json.loads(json.dumps(settings))
     if marker.is_file():
         try:
-            changes = differences(json.loads(marker.read_text(encoding="utf-8")), wanted)
+            changes = differences(read_json(marker), wanted)
         except (OSError, ValueError) as exc:
             raise DataError(f"{marker}: damaged ({exc}); name a new folder") from exc
         if changes:

@@ -25,6 +25,8 @@ RECIPE_DIR = Path(__file__).parent / "recipes"
 RESIZE_FILTERS = ("bicubic", "bilinear")
 SCHEDULES = ("one-cycle", "constant")
 PHASE_KINDS = ("generator", "critic", "adversarial")
+LARGEST = 65536  # size and batch
+MAX_OPTION = 8192  # channels, blocks and the like
 MAX_BASES = 8  # more is a circle
 MAX_NUMBER = 1e18  # what fits into 64 bits, and is no mistake of typing
 DISTANCES = ("l1", "mse", "unit")
@@ -104,6 +106,9 @@ class OptimizerConfig:
     """AdamW under a schedule: "one-cycle" (cosine both ways), or "constant" with beta1_high throughout.
 
     muon_rate: the rate of Muon, which then takes the hidden convolutions, as a multiple of the phase's; 0: AdamW alone.
+    warmup_share: of a phase's steps, in which the rate rises. div, final_div: the highest rate over the first one and
+    over the last one. gradient_clip: largest norm of the gradient; 0: none. ema_decay: of the averaged weights, a step.
+    Adversarial phases have a constant rate and adversarial.beta1.
     """
 
     schedule: str = "one-cycle"
@@ -125,6 +130,7 @@ class PhaseConfig:
 
     kind: "generator" trains the network with the loss, "critic" a critic on what the network makes, "adversarial" both
     in turn.
+    epochs: passes over samples_per_epoch samples, or over a crop of each photograph; fractions are meant.
     learning_rate: highest of the cycle, at the network's output end.
     encoder_learning_rate: at its input end; layer groups between are spaced geometrically; 0: the same.
     """
@@ -217,7 +223,7 @@ def _read_recipe(name_or_path: str, *, depth: int = 0) -> dict[str, Any]:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as exc:
         raise RecipeError(f"{path}: cannot be read ({exc.strerror})") from exc
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
+    except (ValueError, RecursionError) as exc:
         raise RecipeError(f"{path}: not a TOML file: {exc}") from exc
     values.setdefault("name", path.stem)
     base = values.pop("base", None)
@@ -237,14 +243,15 @@ def recipe_from_dict(values: dict[str, Any]) -> Recipe:
 
 
 def _check(recipe: Recipe) -> None:
-    names = [stage.name for stage in recipe.stages]
+    names = [stage.name.lower() for stage in recipe.stages]  # some file systems know no difference
     if not names or len(set(names)) != len(names):
         raise RecipeError(f"stages need distinct names, got {names}")
     for stage in recipe.stages:
         where = f"stage {stage.name!r}"
         # The name becomes a folder of the run and a part of file names in the bundle.
-        _expect(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", stage.name), where, "a name of letters, digits, . _ -")
-        _expect(stage.size >= 16 and stage.batch >= 1 and stage.phases, where, "size >= 16, batch >= 1 and a phase")
+        _expect(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", stage.name), where, "a name of letters, digits, . _ -")
+        _expect(16 <= stage.size <= LARGEST and 1 <= stage.batch <= LARGEST, where, f"size 16 and batch 1 to {LARGEST}")
+        _expect(stage.phases, where, "a phase at least")
         if any(scale < 1 or stage.size % scale for scale in recipe.model.scales):
             raise RecipeError(f"{where}: size {stage.size} is not a multiple of {list(recipe.model.scales)}")
         for phase in stage.phases:
@@ -259,10 +266,11 @@ def _check(recipe: Recipe) -> None:
     _expect(degrade.rounds in (1, 2), "degrade.rounds", "1 or 2")
     low, high = degrade.crop_scale
     _expect(0 < low <= high <= 1, "degrade.crop_scale", "[lowest, highest] in (0, 1]")
-    for name in ("jpeg_quality", "noise_sigma", "blur_sigma", "holes", "texts"):
+    for name, most in (
+        ("jpeg_quality", 100), ("noise_sigma", 255), ("blur_sigma", 100), ("holes", 1000), ("texts", 1000)
+    ):  # fmt: skip
         low, high = getattr(degrade, name)
-        _expect(0 <= low <= high, f"degrade.{name}", "[lowest, highest], neither negative")
-    _expect(degrade.jpeg_quality[1] <= 100, "degrade.jpeg_quality", "at most 100")
+        _expect(0 <= low <= high <= most, f"degrade.{name}", f"[lowest, highest] from 0 to {most}")
     for name in ("jpeg", "noise", "blur", "holes", "text", "grey"):
         share = getattr(degrade, f"{name}_probability")
         _expect(0 <= share <= 1, f"degrade.{name}_probability", "a share from 0 to 1")
@@ -283,8 +291,10 @@ def _check(recipe: Recipe) -> None:
     _expect(recipe.model.scales, "model.scales", "at least one scale")
     for where, options in (("model", recipe.model.options), ("adversarial", recipe.adversarial.options)):
         for key, value in options.items():
-            least = 1 if key == "channels" else 0
-            _expect(type(value) is not int or value >= least, f"{where}.options.{key}", f"{least} or more")
+            least = {"channels": 1, "output_range": -MAX_OPTION}.get(key, 0)
+            for each in value if isinstance(value, (list, tuple)) else (value,):
+                is_fine = type(each) is not int or least <= each <= MAX_OPTION
+                _expect(is_fine, f"{where}.options.{key}", f"{least} to {MAX_OPTION}")
     _expect(recipe.seed >= 0, "seed", "a number that is not negative")
     _expect(recipe.samples_per_epoch >= 0 and recipe.validation_pictures >= 0, "recipe", "counts >= 0")
 
@@ -310,8 +320,9 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     if not equals:
         raise RecipeError(f"--set {override}: expected key=value")
     try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+        parsed = tomllib.loads(f"value = {text}")
+        value = parsed["value"] if len(parsed) == 1 else text  # more lines would be more keys
+    except (ValueError, RecursionError):
         value = text
     *parents, last = key.split(".")
     target: Any = values
@@ -331,7 +342,7 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
     """Turn a plain value into the annotated type, or say what was expected."""
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         if not isinstance(value, dict):
-            raise RecipeError(f"{where}: expected a table, got {value!r}")
+            raise RecipeError(f"{where}: expected a table, got {value!r:.200}")
         hints = typing.get_type_hints(kind)
         for key in value:
             if key not in hints:
@@ -355,5 +366,5 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
     if type(value) is not kind:
         raise RecipeError(f"{where}: expected {kind.__name__}, got {value!r:.200}")
     if kind in (int, float) and not abs(value) <= MAX_NUMBER:  # which nan is not, either
-        raise RecipeError(f"{where}: expected a number up to {MAX_NUMBER:.0e}, got {value:.6g}")
+        raise RecipeError(f"{where}: expected a number up to {MAX_NUMBER:.0e}, got {value!r:.30}")
     return value

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import math
 import time
 from dataclasses import asdict
@@ -14,7 +13,7 @@ from typing import Any
 import click
 from PIL import Image
 
-from .atomic import replacing
+from .atomic import read_json, replacing
 from .checkpoint import FACTS as STATE
 from .checkpoint import latest_checkpoint, stage_folder
 from .commands import OneLineErrors
@@ -24,6 +23,7 @@ from .recipe import Recipe, load_recipe, recipe_names
 from .report_page import Markup, breakable, element, facts, image, join, page, scrolling, table
 from .run_folder import FACTS, LOG, load_run, read_log
 
+PAGE = "report.html"  # in a run's folder
 QUIET_SECONDS = 300  # a run that logged within this time is taken for running
 STRIP_LENGTH = 12
 THUMBNAIL = 160
@@ -37,7 +37,7 @@ def write_report(run: Path, out: Path | None = None) -> Path:
     Returns: the file.
     Raises: CheckpointError if the folder is not a run; ResourceError if the file cannot be written.
     """
-    recipe, log, known = load_run(run), _entries(run), _read_table(run / FACTS)
+    recipe, log, known = load_run(run), read_log(run), _read_table(run / FACTS)
     name = run.resolve().name
     state, explanation = run_state(run, recipe, log)
     document = page(
@@ -51,7 +51,7 @@ def write_report(run: Path, out: Path | None = None) -> Path:
         *_measurements(run, recipe, log),
         *_circumstances(known),
     )
-    out = out or run / "report.html"
+    out = out or run / PAGE
     with replacing(out) as temporary:
         # A log may hold halves of surrogate pairs, which UTF-8 cannot.
         temporary.write_text(document, encoding="utf-8", errors="replace")
@@ -200,7 +200,7 @@ def _is_nan(values: Any) -> Any:
 def _panels(run: Path) -> list[Markup]:
     """Show the newest panel whole, and of some of all panels the first picture's prediction."""
     heading = element("h2", "Pictures")
-    paths = sorted((run / "panels").glob("*.png"))
+    paths = sorted(path for path in (run / "panels").glob("*.png") if path.is_file())
     if not paths:
         return [heading, element("p", "There are no panels yet.")]
     count = min(STRIP_LENGTH, len(paths))
@@ -219,7 +219,7 @@ def _panels(run: Path) -> list[Markup]:
         with Image.open(paths[-1]) as newest:
             newest.load()
             size, is_png = newest.size, newest.format == "PNG"
-    except (OSError, ValueError):
+    except (OSError, ValueError, Image.DecompressionBombError):
         is_png = False
     if is_png:
         step = paths[-1].stem.lstrip("0")
@@ -317,14 +317,10 @@ def _circumstances(known: dict[str, Any]) -> list[Markup]:
     return content
 
 
-def _entries(run: Path) -> list[dict[str, Any]]:
-    return [entry for entry in read_log(run) if isinstance(entry, dict)]
-
-
 def _read_table(path: Path) -> dict[str, Any]:
     """Read a JSON table; {} if there is none."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = read_json(path)
     except (OSError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}

@@ -3,17 +3,50 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from .atomic import replacing, write_json
+from .atomic import read_json, replacing, write_json
 from .errors import CheckpointError, RecipeError, ResourceError
 from .recipe import Recipe, recipe_from_dict
 
+LOGGER = logging.getLogger(__name__)
 RECIPE = "recipe.json"
 FACTS = "run.json"
 LOG = "log.jsonl"
+
+
+@contextmanager
+def hold(run: Path) -> Iterator[None]:
+    """Keep a run's folder, made if it is missing and removed if it stays empty, for this process alone.
+
+    Without flock, on Windows and on some network drives, nothing is refused.
+    Raises: ResourceError if another process holds it, or it cannot be made.
+    """
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        handle = os.open(run, os.O_RDONLY)
+    except OSError as exc:
+        raise ResourceError(f"{run}: cannot be written ({exc.strerror or exc}); choose another --out") from exc
+    try:
+        try:
+            import fcntl
+
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as exc:
+            raise ResourceError(f"{run}: another sr-train writes here; wait for it, or choose another --out") from exc
+        except (ImportError, OSError) as exc:
+            LOGGER.warning("%s: cannot be locked (%s): nothing else must write there", run, exc)
+        yield
+    finally:
+        os.close(handle)
+        with suppress(OSError):  # not empty, as a rule
+            run.rmdir()
 
 
 def load_run(run: Path) -> Recipe:
@@ -22,7 +55,7 @@ def load_run(run: Path) -> Recipe:
     Raises: CheckpointError if the folder is not a run.
     """
     try:
-        return recipe_from_dict(json.loads((run / RECIPE).read_text(encoding="utf-8")))
+        return recipe_from_dict(read_json(run / RECIPE))
     except (OSError, ValueError, RecipeError) as exc:
         raise CheckpointError(f"{run}: not a run of sr-train ({exc})") from exc
 
@@ -45,9 +78,9 @@ def read_log(run: Path) -> list[dict[str, Any]]:
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             entry = json.loads(line)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             continue
-        if isinstance(entry, dict) and "done_steps" in entry:
+        if isinstance(entry, dict) and type(entry.get("done_steps")) is int:
             entries.append(entry)
     return entries
 

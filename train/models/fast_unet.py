@@ -105,6 +105,9 @@ class FastUNet(Network):
         made of the picture enlarged by repetition, or reduced by means.
         """
         own = {key: value.clone() for key, value in self.state_dict().items()}
+        ends = ("head.weight", "tail.weight")
+        if any(key not in weights or weights[key].ndim != own[key].ndim for key in ends):
+            return None
         for key, value in own.items():
             old = weights.get(key)
             if old is not None and key == "head.weight":
