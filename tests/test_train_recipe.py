@@ -16,8 +16,8 @@ from train.run_folder import append_log, cut_log, hold, load_run, read_log, writ
 
 def test_shipped_recipes() -> None:
     assert recipe_names() == [
-        "autoencoder", "autoencoder-hfen", "autoencoder-ssim", "fast", "fast-perceptual", "fast-restore", "fast-wide",
-        "fast-x4", "perceptual-unet", "resnet18-residual", "srgan", "srgan-mse", "unet-gan", "unet-mse",
+        "autoencoder", "autoencoder-hfen", "autoencoder-ssim", "fast", "fast-fine", "fast-perceptual", "fast-restore",
+        "fast-wide", "fast-x4", "perceptual-unet", "resnet18-residual", "srgan", "srgan-mse", "unet-gan", "unet-mse",
         "unet-transpose", "vae",
     ]  # fmt: skip
 

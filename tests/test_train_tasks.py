@@ -63,6 +63,7 @@ def test_a_tasks_network_can_be_built_or_says_why_not(recipe_name: str) -> None:
     refusals = {
         ("srgan", "jpeg"): "enlarges by 2 or 4, not 1", ("srgan-mse", "jpeg"): "enlarges by 2 or 4, not 1",
         ("fast-restore", "x4"): "a cell is a multiple of the scale, 4, not 2",
+        ("fast-fine", "x4"): "a cell is a multiple of the scale, 4, not 2",
     }  # fmt: skip
     for name in ("jpeg", "x2", "x4"):  # of every scale that tasks ask for
         model = load_recipe(recipe_name, task=name).model
