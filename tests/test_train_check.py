@@ -17,18 +17,10 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from train import check
-from train.check import (
-    NEAR_BITS,
-    Copy,
-    check_data,
-    copies_before,
-    hold_out,
-    inspect_folder,
-    inspect_picture,
-    read_picture,
-)
+from train.check import Copy, check_data, inspect_folder, inspect_picture
 from train.data import read_photographs, split_validation
 from train.errors import DataError, ResourceError
+from train.pictures import NEAR_BITS, copies_before, hold_out, read_picture
 
 MakePhoto = Callable[..., np.ndarray]
 ROOT = Path(__file__).parent.parent
@@ -371,7 +363,7 @@ def test_the_end_of_memory_is_no_fault_of_a_picture(photo_folder: Path, monkeypa
     def fail(image: Image.Image) -> np.ndarray:
         raise MemoryError
 
-    monkeypatch.setattr(check, "_decode", fail)
+    monkeypatch.setattr(check, "decode", fail)
     with pytest.raises(ResourceError, match=r"photo0.png: memory ended .* use fewer --processes"):
         check_data(photo_folder, smallest_side=96)
 

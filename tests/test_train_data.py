@@ -17,7 +17,6 @@ import pytest
 import torch
 from PIL import Image
 
-from train.check import find_pictures, perceptual_hash
 from train.data import (
     CropPairs,
     PairedPhotographs,
@@ -29,6 +28,7 @@ from train.data import (
 from train.degrade import degrade
 from train.errors import DataError
 from train.loading import Steps, batches
+from train.pictures import find_pictures, perceptual_hash
 from train.recipe import DegradeConfig, StageConfig
 
 MakePhoto = Callable[..., np.ndarray]

@@ -103,10 +103,10 @@ def main(
     if paired is not None:
         _check_paired(task, overrides)
 
-    from .check import find_pictures
     from .feature_nets import find_weights
     from .find_rate import find_rate
     from .loop import Settings, Trainer
+    from .pictures import find_pictures
     from .report import PAGE, write_report
     from .run_folder import hold
 

@@ -1,8 +1,9 @@
-"""What the commands of sr-train have in common: errors of ours end them with one line, not a traceback."""
+"""What the commands of sr-train have in common: errors that end them with one line, bars, how many cores there are."""
 
 from __future__ import annotations
 
 import io
+import os
 import sys
 from typing import Any
 
@@ -32,3 +33,18 @@ class OneLineErrors(click.Command):
             if exc.name not in EXTRA:
                 raise
             raise click.ClickException(f"{exc.name} is not installed: pip install 'sr-sdk[train]'") from exc
+
+
+def silent(done: int, total: int) -> None:
+    """Report no progress."""
+
+
+def show_bar(bar: Any, done: int, total: int) -> None:
+    """Set a bar of click to `done`, which may be less than before when another folder begins."""
+    bar.length, bar.finished = total, False
+    bar.update(done - bar.pos)
+
+
+def usable_cores() -> int:
+    """Count the cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -240,8 +240,8 @@ def _pairs_of_panel(runs: Sequence[Run]) -> list[tuple[np.ndarray, np.ndarray]]:
 
 def _pairs_of_data(data: Path, recipe: Recipe, *, grid: int) -> list[tuple[np.ndarray, np.ndarray]]:
     """Cut one crop of each of the first photographs, degraded as the recipe says, the same every time."""
-    from .check import describe_fault, find_pictures, read_picture
     from .data import random_pair
+    from .pictures import describe_fault, find_pictures, read_picture
 
     pictures = []
     for path in find_pictures(data)[:PICTURES]:

@@ -18,7 +18,10 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .check import (
+from .degrade import Damages, apply_damages, draw_damages, is_clean
+from .devices import memory_bytes
+from .errors import DataError, ResourceError
+from .pictures import (
     describe_fault,
     find_pictures,
     hold_out,
@@ -27,9 +30,6 @@ from .check import (
     pixel_digest,
     read_picture,
 )
-from .degrade import Damages, apply_damages, draw_damages, is_clean
-from .devices import memory_bytes
-from .errors import DataError, ResourceError
 from .recipe import DegradeConfig, StageConfig
 
 LOG = logging.getLogger(__name__)

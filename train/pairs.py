@@ -16,10 +16,10 @@ import numpy as np
 from PIL import Image
 
 from .atomic import read_json, replacing, write_json
-from .check import describe_fault, find_pictures, read_picture, show_bar
-from .commands import OneLineErrors
+from .commands import OneLineErrors, show_bar, silent
 from .degrade import degrade
 from .errors import DataError, RecipeError, ResourceError
+from .pictures import describe_fault, find_pictures, read_picture
 from .recipe import DegradeConfig, differences, load_recipe
 
 if TYPE_CHECKING:
@@ -27,10 +27,6 @@ if TYPE_CHECKING:
 
 MARKER = "pairs.json"  # says how a folder of pairs was made
 FORMAT = 1
-
-
-def _silent(done: int, total: int) -> None:
-    """Report no progress."""
 
 
 # Reading
@@ -76,7 +72,7 @@ def read_pairs(
     *,
     scales: Sequence[int],
     smallest_side: int,
-    progress: Callable[[int, int], None] = _silent,
+    progress: Callable[[int, int], None] = silent,
 ) -> PairedPhotographs:
     """Decode two folders of pictures that belong together.
 
@@ -131,7 +127,7 @@ def write_pairs(
     config: DegradeConfig,
     scale: int,
     seed: int,
-    progress: Callable[[int, int], None] = _silent,
+    progress: Callable[[int, int], None] = silent,
 ) -> int:
     """Degrade every picture of a folder and write PNG pairs: out/lr and out/hr, the latter cut to the scale's grid.
 
