@@ -6,7 +6,7 @@ import json
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -30,23 +30,26 @@ def hold(run: Path) -> Iterator[None]:
     """
     try:
         run.mkdir(parents=True, exist_ok=True)
-        handle = os.open(run, os.O_RDONLY)
     except OSError as exc:
         raise ResourceError(f"{run}: cannot be written ({exc.strerror or exc}); choose another --out") from exc
-    try:
+    with ExitStack() as stack:
+        stack.callback(_remove_if_empty, run)
         try:
             import fcntl
 
+            handle = os.open(run, os.O_RDONLY)
+            stack.callback(os.close, handle)
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as exc:
             raise ResourceError(f"{run}: another sr-train writes here; wait for it, or choose another --out") from exc
         except (ImportError, OSError) as exc:
             LOGGER.warning("%s: cannot be locked (%s): nothing else must write there", run, exc)
         yield
-    finally:
-        os.close(handle)
-        with suppress(OSError):  # not empty, as a rule
-            run.rmdir()
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with suppress(OSError):  # not empty, as a rule
+        folder.rmdir()
 
 
 def load_run(run: Path) -> Recipe:
