@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import onnx
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from sdk import tiling
 from sdk.bundle import HaloRow
@@ -66,7 +66,8 @@ def measure_halo(
 def _hard_sources(pictures: Sequence[np.ndarray], side: int) -> list[np.ndarray]:
     """Crop or mirror real pictures to a square, and add what reaches furthest through a network.
 
-    These are noise, a checkerboard, black and white pixels, and the real pictures dithered.
+    These are noise, a checkerboard, black and white pixels, and the real pictures dithered, and with flat rectangles
+    and words on them, for which networks that repair look around.
     """
     rng = np.random.default_rng(0)
     real = [tiling.pad_to(picture[:side, :side], (side, side)) for picture in pictures]
@@ -75,7 +76,28 @@ def _hard_sources(pictures: Sequence[np.ndarray], side: int) -> list[np.ndarray]
     specks = rng.choice(np.array([0, 255], np.uint8), (side, side, 1)).repeat(3, axis=2)
     noise = rng.integers(0, 256, (side, side, 3), dtype=np.uint8)
     dithered = [np.asarray(Image.fromarray(picture).convert("1").convert("RGB")) for picture in real]
-    return [*real, noise, checkerboard, specks, *dithered]
+    return [*real, noise, checkerboard, specks, *dithered, *(_deface(picture, rng) for picture in real)]
+
+
+def _deface(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Lay flat rectangles of up to a fifth of the side, and words, over a square picture."""
+    image = Image.fromarray(picture)
+    draw = ImageDraw.Draw(image)
+    side = len(picture)
+    for _ in range(24):
+        left, top = (int(each) for each in rng.integers(0, side, 2))
+        across, down = (int(each) for each in rng.integers(2, side // 5, 2))
+        draw.rectangle((left, top, left + across, top + down), fill=_colour(rng))
+    for _ in range(12):
+        word = "".join(rng.choice(list("abcdehkmnstuwxyzABEGHRSW0358#%&"), 8))
+        place = (int(rng.integers(-side // 4, side)), int(rng.integers(0, side)))
+        draw.text(place, word, fill=_colour(rng), font=ImageFont.load_default(size=int(rng.integers(10, side // 6))))
+    return np.asarray(image)
+
+
+def _colour(rng: np.random.Generator) -> tuple[int, int, int]:
+    red, green, blue = (int(value) for value in rng.integers(0, 256, 3))
+    return red, green, blue
 
 
 def _errors_by_distance(

@@ -88,7 +88,7 @@ def test_only_the_last_phase_of_a_stage_is_timed(
     [
         (["--recipe", "nonsense"], "unknown recipe 'nonsense'"),
         (["--json", "missing/result.json"], "cannot be written"),
-        (["--device", "cuda:99"], "--device cuda:99"),
+        (["--device", "cuda:99"], "device cuda:99"),
     ],
 )
 def test_errors_are_one_line(arguments: list[str], message: str, photo_folder: Path) -> None:

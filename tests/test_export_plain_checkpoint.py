@@ -170,7 +170,7 @@ def test_weights_that_are_not_numbers_are_refused(state, tmp_path):
         ({"arch": "resnet"}, "one of fast"),
         ({"options": Options()}, "give --scale"),
         ({"options": Options(scale=3)}, "1, 2 or 4"),
-        ({"settings": ("model.width=8",)}, "knows blocks, channels"),
+        ({"settings": ("model.width=8",)}, "knows blocks, cell, channels"),
         ({"settings": ("channels=8",)}, "model.channels=48"),
         ({"settings": ("model.channels",)}, "key=value"),
         ({"settings": ("model.channels=wide",)}, "model fast"),
