@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import trainers
 from torch import Tensor
+from trainers import one_thread  # noqa: F401 - a fixture
 
 from train.adversary import FAKES, Adversary, SavedResults
 from train.errors import RecipeError
@@ -37,19 +39,10 @@ TINY: dict[str, Any] = {
 STEPS = 4 + 4 + 8
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def make_trainer(photographs: Path, out: Path, *, recipe: Recipe | None = None, **settings: Any) -> Trainer:
-    chosen: dict[str, Any] = {"device": "cpu", "precision": "fp32", "workers": 0} | settings
-    trainer = Trainer(recipe or recipe_from_dict(TINY), out, weights="random", settings=Settings(**chosen))
-    trainer.load_photographs(photographs, lambda done, total: None)
-    return trainer
+    return trainers.make_trainer(
+        photographs, out, recipe=recipe or recipe_from_dict(TINY), weights="random", **settings
+    )
 
 
 def weights_of(trainer: Trainer) -> dict[str, Tensor]:

@@ -168,12 +168,13 @@ def test_a_replacement_killed_half_way_loses_nothing(tmp_path: Path) -> None:
 
 def test_what_a_user_has_put_beside_checkpoints_is_none(tmp_path: Path) -> None:
     run = steps(tmp_path, "step-000000009", "step-1000000000", "step-000000010.bak", "step-latest", "best")
+    steps(run, "step-2000000000.old", ".step-2000000001")
     newest = latest_checkpoint(run)
     assert newest is not None and newest.name == "step-1000000000"
     (run / "checkpoints" / ".step-x").write_text("")
     keep_latest(run, 1)
     left = {path.name for path in (run / "checkpoints").iterdir()}
-    assert left == {"step-1000000000", "step-000000010.bak", "step-latest", "best"}
+    assert left == {"step-1000000000", "step-000000010.bak", "step-latest", "best", "step-2000000000.old"}
 
 
 def test_a_folder_of_checkpoints_that_cannot_be_read_is_told(tmp_path: Path) -> None:

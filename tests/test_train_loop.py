@@ -2,67 +2,29 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import logging
 import weakref
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from trainers import TINY, bad_loss, make_trainer, one_thread, same  # noqa: F401 - one is a fixture
 
 from train.checkpoint import Checkpoint, latest_checkpoint, load_checkpoint, save_checkpoint, stage_folder
-from train.data import Photographs
-from train.devices import choose_device
-from train.errors import CheckpointError, DivergedError, RecipeError, ResourceError, TrainError
-from train.find_rate import find_rate
+from train.errors import CheckpointError, DivergedError, RecipeError, ResourceError
 from train.learner import MAX_NON_FINITE
 from train.loop import Progress, Settings, Trainer, phase_steps
-from train.models import Network, build_model
+from train.models import build_model
 from train.models.perceptual_unet import RESNET18_FILE, PerceptualUNet
-from train.recipe import DegradeConfig, ModelConfig, PhaseConfig, Recipe, StageConfig, load_recipe, recipe_from_dict
+from train.recipe import ModelConfig, PhaseConfig, Recipe, StageConfig, load_recipe, recipe_from_dict
 from train.run_folder import load_run, read_log, write_run
-from train.validation import mse_y, psnr_y, validate
 
-TINY: dict[str, Any] = {
-    "name": "tiny",
-    "model": {"options": {"channels": 8, "blocks": [1, 1, 1]}},
-    "optimizer": {"muon_rate": 10.0},
-    "degrade": {"noise_probability": 0.5, "jpeg_probability": 0.5},
-    "samples_per_epoch": 8,
-    "stages": [
-        {"name": "32", "size": 32, "batch": 2, "phases": [{"epochs": 2.0}]},
-        {"name": "48", "size": 48, "batch": 2, "phases": [{"epochs": 1.0, "learning_rate": 1e-4}]},
-    ],
-}
 STEPS = 8 + 4
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def make_trainer(
-    photographs: Path, out: Path, *, recipe: Recipe | None = None, weights: Path | str | None = None, **settings: Any
-) -> Trainer:
-    chosen: dict[str, Any] = {"device": "cpu", "precision": "fp32", "workers": 0} | settings
-    trainer = Trainer(recipe or recipe_from_dict(TINY), out, weights=weights, settings=Settings(**chosen))
-    trainer.load_photographs(photographs, lambda done, total: None)
-    return trainer
-
-
-def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
-    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
 
 
 def test_a_run_writes_all_it_promises(photo_folder: Path, tmp_path: Path) -> None:
@@ -228,6 +190,17 @@ def test_resume_tells_what_may_change_the_result(
     assert "precision: fp32 before, bf16 now" in caplog.text
 
 
+def test_resume_names_another_recipe_where_the_position_is_none_of_it(photo_folder: Path, tmp_path: Path) -> None:
+    """Such a checkpoint is not damaged."""
+    make_trainer(photo_folder, tmp_path, max_steps=8).train()  # the first stage, all of it
+    shorter = recipe_from_dict(TINY | {"stages": TINY["stages"][:1], "seed": 9})
+    trainer = make_trainer(photo_folder, tmp_path, max_steps=9)
+    assert trainer.resume()
+    trainer.train()
+    with pytest.raises(CheckpointError, match=r"made with another recipe or data \(seed: 1 before, 9 now; stages: "):
+        make_trainer(photo_folder, tmp_path, recipe=shorter).resume()
+
+
 @pytest.mark.parametrize("damage", [
     "position", "tensors", "half", "ema", "moment", {"position": [0, 0, -5]}, {"position": [0, 0, 2.5]},
     {"position": [9, 0, 0]}, {"position": [0, 7, 0]}, {"position": 3}, {"done_steps": "2"}, {"best": [1]},
@@ -325,14 +298,6 @@ def test_init_refuses_another_network_and_an_empty_run(photo_folder: Path, tmp_p
         make_trainer(photo_folder, tmp_path / "run", recipe=narrower).start_from_run(tmp_path / "source")
 
 
-def bad_loss(value: float) -> Any:
-    def loss(sr: Tensor, hr: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        total = (sr - hr).abs().mean() * value
-        return total, {"pixel": total}
-
-    return loss
-
-
 def test_non_finite_steps_are_skipped_and_counted(
     photo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -419,8 +384,9 @@ def test_out_of_memory_names_batch_and_size(
         trainer.train()
 
 
+@pytest.mark.parametrize("where", ["forward", "backward"])
 def test_a_step_that_ran_out_of_memory_leaves_none_of_it(
-    photo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    where: str, photo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer = make_trainer(photo_folder, tmp_path)
     good, results = trainer.loss.forward, []
@@ -428,9 +394,14 @@ def test_a_step_that_ran_out_of_memory_leaves_none_of_it(
     def exhausted(sr: Tensor, hr: Tensor) -> Any:
         assert [result() for result in results] == [None] * len(results)  # freed before a smaller batch is tried
         results.append(weakref.ref(sr))
-        if len(sr) > 1:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+        if len(sr) > 1 and where == "backward":
+            sr.register_hook(end)
+        elif len(sr) > 1:
+            end()
         return good(sr, hr)
+
+    def end(gradient: Tensor | None = None) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(trainer.loss, "forward", exhausted)
     with pytest.raises(ResourceError, match="1 would fit"):
@@ -498,72 +469,6 @@ def test_an_unwritable_part_of_the_run_folder_is_told(name: str, photo_folder: P
     trainer = make_trainer(photo_folder, out)
     with pytest.raises(ResourceError, match=r"(could not|cannot) be written"):
         trainer.train()
-
-
-def test_the_rate_finder_leaves_no_trace(photo_folder: Path, tmp_path: Path) -> None:
-    trainer = make_trainer(photo_folder, tmp_path / "run")
-    before = {key: value.clone() for key, value in trainer.model.state_dict().items()}
-    told: list[tuple[int, int]] = []
-    rate = find_rate(trainer, tmp_path / "find_lr.png", report=lambda *counts: told.append(counts))
-    assert rate is None  # this network starts as its own skip: its loss has nowhere to fall
-    assert told[0] == (1, 100) and len(told) > 10
-    assert (tmp_path / "find_lr.png").is_file()
-    assert same(trainer.model.state_dict(), before) and same(trainer.ema, before)
-    assert (trainer.optimizers, trainer.done_steps, trainer.non_finite) == ([], 0, 0)
-    assert trainer.position == (0, 0, 0)
-    assert all(parameter.grad is None and parameter.requires_grad for parameter in trainer.model.parameters())
-    fresh = make_trainer(photo_folder, tmp_path / "fresh")
-    trainer.train()
-    fresh.train()
-    assert same(trainer.model.state_dict(), fresh.model.state_dict())
-
-
-def test_the_rate_finder_suggests_where_the_loss_falls(
-    photo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    trainer = make_trainer(photo_folder, tmp_path / "run")
-    good = trainer.loss.forward
-    step = itertools.count()
-
-    def falling(sr: Tensor, hr: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        total, _ = good(sr, hr)
-        at = next(step)
-        value = 1 - 0.5 * min(1.0, max(0, at - 40) / 20) if at < 80 else 1e3
-        return total * 0 + value, {"pixel": (total * 0 + value).detach()}
-
-    monkeypatch.setattr(trainer.loss, "forward", falling)
-    rate = find_rate(trainer, tmp_path / "find_lr.png")
-    assert rate is not None and 1e-4 < rate < 1  # steps 40 to 80 of 100
-
-
-@pytest.mark.parametrize("good_steps", [0, 30])
-def test_the_rate_finder_stops_at_an_infinite_loss(
-    good_steps: int, photo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    trainer = make_trainer(photo_folder, tmp_path)
-    steps = []
-    good = trainer.loss.forward
-
-    def worse(sr: Tensor, hr: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        steps.append(sr)
-        return good(sr, hr) if len(steps) <= good_steps else bad_loss(float("inf"))(sr, hr)
-
-    monkeypatch.setattr(trainer.loss, "forward", worse)
-    if good_steps:
-        find_rate(trainer, tmp_path / "find_lr.png")
-    else:
-        with pytest.raises(DivergedError, match="non-finite loss after 0 steps"):
-            find_rate(trainer, tmp_path / "find_lr.png")
-    assert len(steps) == good_steps + 1
-    assert trainer.non_finite == 0
-
-
-def test_the_rate_finder_is_for_the_network_alone(photo_folder: Path, tmp_path: Path) -> None:
-    phase = {"kind": "adversarial"}
-    critic = {"critic": "srgan", "options": {"channels": 4, "dense": 8}}
-    recipe = recipe_from_dict(TINY | {"stages": [{"size": 32, "phases": [phase]}], "adversarial": critic})
-    with pytest.raises(RecipeError, match="for phases that train the network alone"):
-        find_rate(make_trainer(photo_folder, tmp_path, recipe=recipe), tmp_path / "find_lr.png")
 
 
 def test_muon_without_hidden_weights_is_refused(photo_folder: Path, tmp_path: Path) -> None:
@@ -647,31 +552,6 @@ def test_a_grown_phase_moves_the_grown_layer_alone(photo_folder: Path, tmp_path:
     assert moved and all(key.startswith("growth.0.") for key in moved)
 
 
-@pytest.mark.parametrize("name", ["gpu", "mps", "cuda:99"])
-def test_a_device_that_is_not_there_is_refused(name: str) -> None:
-    with pytest.raises(TrainError, match=f"device {name}: "):
-        choose_device(name)
-
-
-@pytest.mark.parametrize(("name", "rank", "expected"), [
-    ("auto", None, "cuda"), ("auto", "1", "cuda:1"), ("cuda", "1", "cuda:1"), ("cuda:0", "1", "cuda:0"),
-    ("cpu", "1", "cpu"), ("auto", "2", None), ("cuda", "2", None),
-])  # fmt: skip
-def test_every_process_has_its_gpu(
-    name: str, rank: str | None, expected: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
-    monkeypatch.delenv("LOCAL_RANK", raising=False)
-    if rank is not None:
-        monkeypatch.setenv("LOCAL_RANK", rank)
-    if expected is None:  # the third of three processes, and two GPUs: never the CPU beside them
-        with pytest.raises(ResourceError, match="PyTorch sees 2 CUDA devices here"):
-            choose_device(name)
-    else:
-        assert str(choose_device(name)) == expected
-
-
 def test_phase_steps_cover_the_epochs() -> None:
     recipe = Recipe()
     stage = StageConfig(batch=8)
@@ -688,37 +568,3 @@ def test_random_weights_are_recorded(photo_folder: Path, tmp_path: Path, caplog:
     assert "squeezenet1_1 starts from random weights, as --weights random asks" in caplog.text
     trainer.train(stop=lambda: trainer.done_steps == 1)
     assert set(read_log(tmp_path)[0]["terms"]) == {"pixel", "features", "style"}
-
-
-def test_psnr_y_of_a_known_difference():
-    hr = np.full((20, 20, 3), 100, np.uint8)
-    grey = hr + np.uint8(2)  # Y rises by 2 * (65.481 + 128.553 + 24.966) / 255 = 1.71765
-    assert psnr_y(grey, hr, shave=2) == pytest.approx(20 * np.log10(255 / 1.717647), abs=1e-4)
-    grey[0], grey[:, -2:] = 255, 255
-    assert psnr_y(grey, hr, shave=2) == pytest.approx(43.4322, abs=1e-3)
-
-
-class Unchanged(Network):
-    """Gives what it gets."""
-
-    scales = (1,)
-
-    def forward(self, lr: Tensor, scale: int) -> Tensor:
-        return lr
-
-    def stride(self, scale: int) -> int:
-        return 1
-
-
-def test_a_picture_without_damage_does_not_decide_the_validation(make_photo):
-    pictures = tuple(make_photo(64, 64, seed) for seed in range(6))
-    photographs = Photographs(tuple(Path(f"{index}.png") for index in range(6)), pictures)
-    config = DegradeConfig(noise_probability=0.5, noise_sigma=(5.0, 5.0))
-    found = validate(
-        Unchanged(), photographs, loss=lambda sr, hr: ((sr - hr).abs().mean(), {}), config=config, seed=1,
-        device=torch.device("cpu"), autocast=False,
-    )  # fmt: skip
-    errors = [mse_y(sr, hr, shave=1) for _, sr, hr in found.rows]
-    assert min(errors) == 0 and max(errors) > 5
-    assert found.metrics["psnr_y"] == pytest.approx(10 * np.log10(255**2 / np.mean(errors)))
-    assert "mse_y" not in found.metrics

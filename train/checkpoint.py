@@ -20,7 +20,8 @@ from .errors import CheckpointError, ResourceError
 TENSORS = "state.safetensors"
 FACTS = "state.json"
 MANIFEST = "manifest.json"  # of a bundle
-STEP = re.compile(r"\.?(step-(\d+))(?:\.old)?")  # the folder of a step, and what `save_checkpoint` puts aside of it
+STEP = re.compile(r"step-\d+")
+PUT_ASIDE = re.compile(r"\.(step-\d+)\.old")  # by `save_checkpoint`, between its two renames
 
 
 @dataclass(frozen=True)
@@ -122,8 +123,9 @@ def _resumable(run: Path) -> list[Path]:
         return []
     except OSError as exc:
         raise CheckpointError(f"{folder}: cannot be read ({exc.strerror})") from exc
-    steps = {match[1]: int(match[2]) for name in names if (match := STEP.fullmatch(name))}
-    return [folder / name for name in sorted(steps, key=lambda name: steps[name])]
+    steps = {name for name in names if STEP.fullmatch(name)}
+    steps |= {match[1] for name in names if (match := PUT_ASIDE.fullmatch(name))}
+    return [folder / name for name in sorted(steps, key=lambda name: int(name.removeprefix("step-")))]
 
 
 def keep_latest(run: Path, count: int) -> None:
@@ -133,9 +135,11 @@ def keep_latest(run: Path, count: int) -> None:
     """
     folders = run / "checkpoints"
     try:
-        for folder in _resumable(run)[:-count]:
-            shutil.rmtree(folder if folder.exists() else _replaced(folder))
-        kept = {_replaced(folder) for folder in _resumable(run) if not folder.exists()}
+        found = _resumable(run)
+        for folder in found[:-count]:
+            if folder.exists():
+                shutil.rmtree(folder)
+        kept = {_replaced(folder) for folder in found[-count:] if not folder.exists()}
         for folder in set(folders.glob(".step-*")) - kept:
             shutil.rmtree(folder) if folder.is_dir() else folder.unlink()
     except OSError as exc:

@@ -122,7 +122,7 @@ def main(
     if teacher is not None:
         trainer.learn_from_run(teacher)
     count = sum(parameter.numel() for parameter in trainer.model.parameters())
-    say = click.echo if is_first else lambda text: None
+    say = click.echo if is_first else lambda text, err=False: None
     say(
         f"{len(trainer.train_set)} pictures to train on, {len(trainer.validation_set)} to validate; "
         f"{recipe.model.name}: {count:,} parameters; {trainer.device}, {trainer.facts['precision']}"
@@ -147,8 +147,8 @@ def main(
         say(f"resumed {out} at step {trainer.done_steps}" + (", where --init is not needed" if init else ""))
     elif init is not None:
         trainer.start_from_run(init)
-    elif recipe.name in NEEDS_INIT:
-        say(f"warning: {recipe.name} goes on from {NEEDS_INIT[recipe.name]}: give --init RUN")
+    elif recipe.name in NEEDS_INIT and teacher is None:
+        say(f"warning: {recipe.name} goes on from {NEEDS_INIT[recipe.name]}: give --init RUN", err=True)
     trainer.begin()
     say(json.dumps(trainer.facts["recipe"]))
     stopped = _stop_on_signals()

@@ -25,9 +25,9 @@ class OneLineErrors(click.Command):
             return super().invoke(ctx)
         except TrainError as exc:
             raise click.ClickException(" ".join(str(exc).split())) from exc
+        except BrokenPipeError:
+            raise  # which click knows: the reader has gone
         except (OSError, MemoryError) as exc:
-            if isinstance(exc, BrokenPipeError):
-                raise  # which click knows: the reader has gone
             raise click.ClickException(" ".join(str(exc).split()) or "memory ended") from exc
         except ModuleNotFoundError as exc:
             if exc.name not in EXTRA:

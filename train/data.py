@@ -183,11 +183,13 @@ def decode_all(
 def _check_memory(paths: Sequence[Path], *, folder: Path) -> None:
     """Refuse more pictures than there is memory for: the system would end the process without a word."""
     free = memory_bytes()
+    if free is None:
+        return
     needed = 0
     for path in paths:
         with suppress(Exception):  # a broken file is told when it is decoded
             needed += 3 * math.prod(picture_size(path))
-    if free is not None and needed > free:
+    if needed > free:
         raise ResourceError(
             f"{folder}: {len(paths)} pictures take {needed / 1e9:.1f} GB in memory, and {free / 1e9:.1f} GB are free; "
             "use fewer or smaller ones"

@@ -190,8 +190,7 @@ class Learner:
         lr = lr.to(self.device, memory_format=torch.channels_last, non_blocking=True)
         hr = hr.to(self.device, memory_format=torch.channels_last, non_blocking=True)
         try:
-            loss, terms = self.losses(lr, hr)
-            terms = self._descend(loss, terms)
+            terms = self._descend(*self.losses(lr, hr))  # no name here holds what a failed step has made
         except RuntimeError as exc:
             if not _is_memory_error(exc):
                 raise

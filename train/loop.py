@@ -263,9 +263,9 @@ class Trainer(Learner):
         changes = differences(_as_now(facts.get("recipe")), json.loads(json.dumps(self.facts["recipe"])))
         try:
             stage, phase, step = self._position_in(facts)
-        except (KeyError, TypeError, ValueError):  # told in a moment
-            return []
-        coming = range(stage + bool(phase or step), len(self.recipe.stages))
+            coming = range(stage + bool(phase or step), len(self.recipe.stages))
+        except (KeyError, TypeError, ValueError):  # damaged, or of a recipe with other stages
+            coming = range(0)
         changes = [change for change in changes if not change.startswith(tuple(f"stages.{i}." for i in coming))]
         if facts.get("fingerprint") != self.facts["fingerprint"]:
             changes.append(f"photographs: those of {facts.get('data')!r} before, of {self.facts['data']!r} now")

@@ -117,9 +117,6 @@ def read_panel(path: Path) -> list[Row]:
         with Image.open(path, formats=("PNG",)) as image:
             text = image.info.get(LAYOUT)
             panel = np.asarray(image.convert("RGB"))
-    except Image.DecompressionBombError as exc:
-        raise ValueError(f"{path}: {exc}") from exc
-    try:
         layout = json.loads(text or "null")
         zoom, titles, columns = layout["zoom"], layout["title_height"], layout["columns"]
         (height, width), (lr_height, lr_width) = layout["size"], layout["lr_size"]
@@ -136,7 +133,7 @@ def read_panel(path: Path) -> list[Row]:
             rows.append((lr[factor // 2 :: factor, factor // 2 :: factor], cell["prediction"], cell["target"]))
         if any(lr.shape[:2] != (lr_height, lr_width) or hr.shape[:2] != (height, width) for lr, _, hr in rows):
             raise ValueError(f"{path}: the pictures are not where its layout says")
-    except (KeyError, TypeError, ZeroDivisionError, RecursionError) as exc:
+    except (KeyError, TypeError, ZeroDivisionError, RecursionError, Image.DecompressionBombError) as exc:
         raise ValueError(f"{path}: not a panel of sr-train ({exc})") from exc
     return [(np.ascontiguousarray(lr), np.ascontiguousarray(sr), np.ascontiguousarray(hr)) for lr, sr, hr in rows]
 
