@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -126,6 +127,29 @@ def test_results_are_saved_and_read_again(photo_folder: Path, tmp_path: Path) ->
     resumed.resume()
     resumed.train()
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / FAKES).iterdir()} == saved
+
+
+def test_a_run_can_be_stopped_or_killed_while_it_saves_results(
+    photo_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = make_trainer(photo_folder, tmp_path / "whole")
+    whole.train()
+    out = tmp_path / "parts"
+    trainer = make_trainer(photo_folder, out)
+
+    def stop() -> bool:  # after two results
+        return trainer.done_steps == 4 and len(list(out.glob("fakes/*.png"))) == 2
+
+    with caplog.at_level(logging.INFO):
+        assert not trainer.train(stop=stop)
+    assert f"results for the critic: 0 of {len(trainer.train_set)}" in caplog.text
+    saved = {path: path.stat().st_mtime_ns for path in (out / FAKES).iterdir()}
+    assert trainer.position == (0, 1, 0) and len(saved) == 2
+    resumed = make_trainer(photo_folder, out)
+    assert resumed.resume() and resumed.train()
+    assert {path: path.stat().st_mtime_ns for path in saved} == saved
+    one, other = weights_of(whole), weights_of(resumed)
+    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_a_run_begun_anew_takes_no_results_of_another(photo_folder: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch.utils.data import Dataset
 
 from .atomic import read_json, replacing, write_json
 from .data import Photographs, to_tensor
+from .errors import ResourceError
 from .models.critics import build_critic
 from .recipe import AdversarialConfig, DegradeConfig
 
@@ -101,25 +103,31 @@ def save_results(
     size: int,
     config: DegradeConfig,
     entropy: tuple[int, ...],
+    progress: Callable[[int, int], None],
     writes: bool = True,
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """Give a network's result and the photograph's part for each photograph; results lie in the run's folder `fakes`.
 
     enlarge: (h, w, 3) -> (h*scale, w*scale, 3), both uint8. grid: of HR sides. size: of crops, which fit into all.
     entropy: of the damages; results that were saved with it are read again, so that a run may be killed at any time.
+    progress: called with how many of how many are there, before each; what it raises ends the work.
     writes: False in all but the first of several processes.
     Raises: ResourceError if they cannot be written.
     """
     folder = run / FAKES
     key: dict[str, Any] = {"entropy": list(entropy), "pictures": len(photographs)}
-    is_there = _read_facts(run / FACTS) == key
+    is_theirs = _read_facts(run / FACTS) == key
+    if writes and not is_theirs:
+        forget_results(run)
+        write_json(key, run / FACTS)
     pairs = []
     for index, photograph in enumerate(photographs.pictures):
+        progress(index, len(photographs))
         rng = np.random.default_rng((*entropy, index))
         side = max(size, min(FAKE_SIDE, *photograph.shape[:2]) // grid * grid)
         lr, hr = photographs.cut(index, size=side, scale=scale, config=config, rng=rng)
         path = folder / f"{index:05d}.png"
-        if is_there and path.is_file():
+        if is_theirs and path.is_file():
             with Image.open(path) as image:
                 sr = np.asarray(image.convert("RGB"))
         else:
@@ -128,14 +136,20 @@ def save_results(
                 with replacing(path) as temporary:
                     Image.fromarray(sr).save(temporary, "PNG")
         pairs.append((sr, hr))
-    if writes:
-        write_json(key, run / FACTS)
     return pairs
 
 
 def forget_results(run: Path) -> None:
-    """Let nothing take the results that an earlier run has left in the folder for this one's."""
-    (run / FACTS).unlink(missing_ok=True)
+    """Delete the results that an earlier run, or another phase, has left in the folder.
+
+    Raises: ResourceError if they cannot be deleted.
+    """
+    try:
+        (run / FACTS).unlink(missing_ok=True)
+        if (run / FAKES).exists():
+            shutil.rmtree(run / FAKES)
+    except OSError as exc:
+        raise ResourceError(f"{run / FAKES}: old results could not be deleted ({exc})") from exc
 
 
 def _read_facts(path: Path) -> Any:

@@ -9,6 +9,7 @@ import math
 import platform
 import re
 import subprocess
+import time
 from collections.abc import Callable, Generator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -47,6 +48,7 @@ from .stages import last_stage, load_network
 from .validation import to_batch, to_picture, validate
 
 LOG = logging.getLogger(__name__)
+NEWS_SECONDS = 30.0  # of what a phase prepares
 KEPT_CHECKPOINTS = 2
 # As PyTorch's loader words it, in whatever line the news arrive.
 WORKER_ENDED = re.compile(r"DataLoader worker .*(exited unexpectedly|is killed by signal)")
@@ -94,6 +96,10 @@ def phase_steps(recipe: Recipe, stage: StageConfig, phase: PhaseConfig, pictures
     """Count the optimiser steps of a phase: its epochs over its batches."""
     samples = recipe.samples_per_epoch or pictures
     return max(1, math.ceil(phase.epochs * samples / stage.batch))
+
+
+class _Stopped(Exception):
+    """The run is to stop, and a phase was still preparing its samples."""
 
 
 class Trainer(Learner):
@@ -371,9 +377,8 @@ class Trainer(Learner):
         self.set_mode()
         settings = self.settings
         clock = Clock(panel_seconds=settings.panel_seconds, checkpoint_seconds=settings.checkpoint_seconds)
-        source = self.samples(stage_index, phase_index, Steps(
-            first, total, batch=stage.batch, rank=self.processes.rank, count=self.processes.count
-        ))  # fmt: skip
+        steps = Steps(first, total, batch=stage.batch, rank=self.processes.rank, count=self.processes.count)
+        source = self.samples(stage_index, phase_index, steps, stop=stop)
         for step in range(first, total):
             is_last = step + 1 == total
             ends, reports, looks, saves = self.processes.decide(
@@ -385,7 +390,10 @@ class Trainer(Learner):
             if ends:
                 source.close()
                 return False
-            lr, hr = next(source)
+            try:
+                lr, hr = next(source)
+            except _Stopped:
+                return False
             share, beta1 = schedule(step, total, config)
             if phase.kind == "adversarial":
                 share, beta1 = 1.0, self.recipe.adversarial.beta1
@@ -418,13 +426,19 @@ class Trainer(Learner):
     def _at_max_steps(self) -> bool:
         return bool(self.settings.max_steps) and self.done_steps >= self.settings.max_steps
 
-    def samples(self, stage_index: int, phase_index: int, steps: Steps) -> Generator[tuple[Tensor, Tensor], None, None]:
-        """Give the batches of a phase: LR and HR, in a critic's phase saved results and HR."""
+    def samples(
+        self, stage_index: int, phase_index: int, steps: Steps, *, stop: Callable[[], bool] = lambda: False
+    ) -> Generator[tuple[Tensor, Tensor], None, None]:
+        """Give the batches of a phase: LR and HR, in a critic's phase saved results and HR.
+
+        stop: asked between two results that are saved, which may take long. Raises: _Stopped when it is true.
+        """
         stage = self.recipe.stages[stage_index]
         entropy = (self.recipe.seed, stage_index, phase_index)
         workers, pin = self.settings.workers, self.device.type == "cuda"
         if stage.phases[phase_index].kind == "critic":
-            results = SavedResults(self._save_results(stage, entropy, steps.first), size=stage.size, entropy=entropy)
+            pairs = self._save_results(stage, (*entropy, self.done_steps - steps.first), stop)
+            results = SavedResults(pairs, size=stage.size, entropy=entropy)
             yield from batches(results, steps, workers=workers, pin=pin)
             return
         scales, config = self.recipe.model.scales, self.recipe.degrade
@@ -436,14 +450,24 @@ class Trainer(Learner):
             yield to_floats(lr, self.device), to_floats(hr, self.device)
 
     def _save_results(
-        self, stage: StageConfig, entropy: tuple[int, ...], done: int
+        self, stage: StageConfig, entropy: tuple[int, ...], stop: Callable[[], bool]
     ) -> list[tuple[np.ndarray, np.ndarray]]:
         scale = self.model.scales[0]
+        told = -math.inf
+
+        def progress(done: int, total: int) -> None:
+            nonlocal told
+            if self.processes.decide(stop())[0]:
+                raise _Stopped
+            if self.processes.is_first and time.monotonic() - told > NEWS_SECONDS:
+                told = time.monotonic()
+                LOG.info("results for the critic: %d of %d", done, total)
+
         self.model.eval()
         pairs = save_results(
             self.out, self.train_set, functools.partial(self._enlarge_picture, scale=scale),
             scale=scale, grid=self.model.output_grid(), size=stage.size, config=self.recipe.degrade,
-            entropy=(*entropy, self.done_steps - done), writes=self.processes.is_first,
+            entropy=entropy, progress=progress, writes=self.processes.is_first,
         )  # fmt: skip
         self.set_mode()
         return pairs
