@@ -175,7 +175,7 @@ def render(result: Mapping[str, Any]) -> str:
 
 @click.command("restoration")
 @click.argument("folders", metavar="DIR...", type=click.Path(path_type=Path), nargs=-1, required=True)
-@click.option("--model", "models", multiple=True, help="Bundle folder or shipped model; may be repeated.")
+@click.option("--model", "models", multiple=True, required=True, help="Bundle folder or shipped model; repeatable.")
 @click.option("--task", "tasks", multiple=True, required=True, help="Name of a task; may be repeated.")
 @click.option("--seed", type=click.IntRange(min=0), default=1, show_default=True, help="Of the damages.")
 @click.option("--backend", default="auto", show_default=True)
@@ -193,7 +193,7 @@ def restoration_command(
     try:
         if json_path is not None:
             check_writable(json_path)
-        result = measure(models or (None,), folders, tasks, track=track, **options)
+        result = measure(models, folders, tasks, track=track, **options)
         click.echo(render(result))
         if json_path is not None:
             write_json(result, json_path)

@@ -20,13 +20,13 @@ from sdk.backends import Request, open_backend
 from sdk.backends.onnxruntime import OnnxRuntimeBackend
 from sdk.bundle import FORMAT, MANIFEST, VERSION, Bundle, Graph, Manifest, Parity, Stage, hash_file
 from sdk.errors import BackendUnavailable
-from train.checkpoint import stage_folder
+from train.checkpoint import TENSORS, stage_folder
 from train.errors import TrainError
 from train.models import Network
 from train.models.decoder import SelfAttention
 from train.recipe import Recipe
 from train.run_folder import load_run
-from train.stages import load_network
+from train.stages import checkpoint_to_take, load_averaged, load_network
 
 from . import int8, verify
 from .cost import measure_cost
@@ -98,9 +98,12 @@ class _Work:
 def export_run(run: Path, out: Path, options: Options, *, report: Report = lambda line: None) -> Manifest:
     """Export every stage of a run that has weights into the folder `out`, which must not exist.
 
+    run: or one of its checkpoints, whose averaged weights become the bundle's one stage.
     Raises: ExportError if a stage was cut short unasked, a graph differs from PyTorch, or `out` cannot be written.
     """
     refuse_existing(out)
+    if (run / TENSORS).is_file():
+        return _export_checkpoint(run, out, options, report=report)
     try:
         recipe = load_run(run)
     except TrainError as exc:
@@ -114,8 +117,21 @@ def export_run(run: Path, out: Path, options: Options, *, report: Report = lambd
         if stage_folder(run, stage.name).is_dir() and (not options.stages or stage.name in options.stages)
     ]
     if not sources:
-        raise ExportError(f"{run}: no finished stage yet; let sr-train complete one")
+        raise ExportError(f"{run}: no finished stage yet{checkpoint_to_take(run)}")
     return _write_bundle(sources, out, options, scale=scale, report=report)
+
+
+def _export_checkpoint(folder: Path, out: Path, options: Options, *, report: Report) -> Manifest:
+    try:
+        with quiet("train.feature_nets"):  # its weights are random for a moment only
+            network, stage, facts = load_averaged(folder)
+    except TrainError as exc:
+        raise ExportError(str(exc)) from exc
+    if set(options.stages) - {stage.name}:
+        raise ExportError(f"{folder}: is of stage {stage.name}, not {', '.join(options.stages)}")
+    scale = choose_scale(network.scales, options.scale)
+    source = Source(stage.name, stage.size, lambda: (network, facts))
+    return _write_bundle([source], out, options, scale=scale, report=report)
 
 
 def export_network(

@@ -184,7 +184,7 @@ def test_command_tells_a_bad_folder_in_one_line(kind, fake_model, tmp_path):
         (folder / "a.png").write_bytes(b"no picture")
     if kind == "small":
         Image.fromarray(draw_picture((64, 15))).save(folder / "a.png")
-    result = run(folder, "--task", "jpeg", "--json", out)
+    result = run(folder, "--model", "a", "--task", "jpeg", "--json", out)
     assert result.exit_code == 1 and isinstance(result.exception, SystemExit)
     assert result.stderr.splitlines()[-1].startswith(f"Error: {folder}")
     assert not out.exists()

@@ -6,7 +6,7 @@ import itertools
 import json
 import shutil
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,10 +23,10 @@ from export.errors import ExportError
 from export.precision import find_islands, in_half, round_weights
 from export.to_onnx import IR_VERSION, OPSET, DeployGraph, WeightsFile, trace
 from sdk import Bundle, BundleError, Upscaler
-from train.checkpoint import Checkpoint, save_checkpoint, stage_folder
+from train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, stage_folder
 from train.models import Network, build_model
 from train.recipe import load_recipe, recipe_from_dict
-from train.run_folder import write_run
+from train.run_folder import load_run, write_run
 
 RECIPE = {
     "name": "tiny",
@@ -488,6 +488,29 @@ def test_command_refuses_a_run_without_a_finished_stage(tmp_path):
     write_run(tmp_path / "run", recipe_from_dict(RECIPE), {})
     code, output = invoke(tmp_path / "run", "--out", tmp_path / "b")
     assert code == 1 and "no finished stage" in output
+
+
+def test_a_checkpoint_is_exported(run, tmp_path):
+    """What an interrupted run has: its averaged weights, of the stage that it was in."""
+    recipe = load_run(run)
+    stage = recipe.stages[0]
+    weights = load_checkpoint(stage_folder(run, stage.name)).group("model")
+    tensors = {f"ema.{key}": value for key, value in weights.items()}
+    tensors |= {f"model.{key}": value + 1 for key, value in weights.items()}
+    facts = {"recipe": asdict(recipe), "position": [0, 0, 7], "done_steps": 7}
+    stopped = tmp_path / "stopped"
+    write_run(stopped, recipe, {})
+    save_checkpoint(stopped / "checkpoints" / "best", Checkpoint(tensors, facts))
+    code, output = invoke(stopped, "--out", tmp_path / "a")
+    assert code == 1 and f"no finished stage yet; take {stopped / 'checkpoints' / 'best'}" in output
+    code, output = invoke(stopped / "checkpoints" / "best", "--out", tmp_path / "b")
+    assert code == 0, output
+    code, output = invoke(run, "--out", tmp_path / "c", "--stage", stage.name)
+    assert code == 0, output
+    made = [Bundle.load(tmp_path / name).manifest.stages[0] for name in ("b", "c")]
+    assert made[0].name == made[1].name and made[0].weights.sha256 == made[1].weights.sha256
+    code, output = invoke(stopped / "checkpoints" / "best", "--out", tmp_path / "d", "--stage", "999")
+    assert code == 1 and f"is of stage {stage.name}, not 999" in output
 
 
 def test_command_refuses_a_scale_that_was_not_trained(run, tmp_path):

@@ -85,11 +85,10 @@ def test_help_does_not_import_torch() -> None:
     assert done.returncode == 0 and "Train a super-resolution network" in done.stdout
 
 
-def test_a_missing_extra_is_named(tmp_path: Path) -> None:
+def test_a_missing_extra_is_named(photo_folder: Path, tmp_path: Path) -> None:
     code = "import sys; sys.modules['torch'] = None\nfrom train.cli import main; main()"
-    done = subprocess.run(
-        [sys.executable, "-c", code, "x", "--out", str(tmp_path)], env=environment(), capture_output=True, text=True
-    )
+    arguments = [sys.executable, "-c", code, str(photo_folder), "--out", str(tmp_path / "run")]
+    done = subprocess.run(arguments, env=environment(), capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr == "Error: torch is not installed: pip install 'sr-sdk[train]'\n"
 
@@ -112,7 +111,9 @@ def test_a_whole_run_then_again(photo_folder: Path, recipe: Path, tmp_path: Path
 def test_max_steps_then_the_rest(photo_folder: Path, recipe: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     first = run(photo_folder, "--recipe", recipe, "--out", out, "--max-steps", 5)
-    assert first.exit_code == 0 and "stopped at step 5; the same command goes on from there" in first.output
+    assert first.exit_code == 0 and "stopped at step 5, as --max-steps asks; a larger one" in first.output
+    assert "(5/12)" in first.output  # its last line is told however soon after the one before
+    assert [entry["done_steps"] for entry in read_log(out)][-1] == 5
     assert load_checkpoint(stage_folder(out, "32")).facts["complete"] is False
     second = run(photo_folder, "--recipe", recipe, "--out", out)
     assert second.exit_code == 0 and f"resumed {out} at step 5" in second.output
@@ -154,15 +155,38 @@ def test_news_come_at_once_and_tell_the_time_left(
 ) -> None:
     now = 100.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
-    show = cli._show_progress()
+    news = cli._News()
     told = []
     for step, seconds in ((1, 100.0), (2, 110.0), (11, 140.0)):
         now = seconds
-        show(Progress("32", "all", step, 91, step, 91, 1e-3, {"pixel": 0.5}, 7.0, 0, None))
+        news.add(Progress("32", "all", step, 91, step, 91, 1e-3, {"pixel": 0.5}, 7.0, 0, None))
         told.append(capsys.readouterr().err)
     assert told[0].startswith("stage 32 all 1/91 (1/91), rate 1.00e-03, pixel 0.50000, 7 images/s")
     assert "min left" not in told[0] and told[1] == ""  # nothing is known yet; every half minute is enough
     assert "11/91" in told[2] and "5.3 min left" in told[2]  # 10 steps took 40 s, 80 are left
+    news.close()
+    assert capsys.readouterr().err == ""  # told already
+    news.add(Progress("32", "all", 12, 91, 12, 91, 1e-3, {"pixel": 0.5}, 7.0, 0, None))
+    news.close()
+    assert "12/91" in capsys.readouterr().err
+
+
+def test_a_small_folder_is_told_what_it_lacks(photo_folder: Path, recipe: Path, tmp_path: Path) -> None:
+    plenty = run(photo_folder, "--recipe", recipe, "--out", tmp_path / "a", "--max-steps", 1)
+    assert "warning: " not in plenty.output.replace("warning: 5 pictures", "")
+    for path in sorted(photo_folder.iterdir())[3:]:
+        path.unlink()
+    options = ["--set", "samples_per_epoch=0", "--max-steps", 1]
+    result = run(photo_folder, "--recipe", recipe, "--out", tmp_path / "b", *options)
+    assert result.exit_code == 0, result.output
+    assert "to set any aside (a fifth, at most): no validation, no panels, no best checkpoint" in result.output
+    assert "3 pictures make " in result.output and "--set samples_per_epoch=40000" in result.output
+
+
+@pytest.mark.parametrize("tool", ["", *cli.TOOLS])
+def test_every_command_has_a_short_help(tool: str) -> None:
+    result = run(*([tool] if tool else []), "-h")
+    assert result.exit_code == 0 and "Usage: " in result.output
 
 
 def test_colour_drift_is_logged(photo_folder: Path, recipe: Path, tmp_path: Path) -> None:
@@ -230,7 +254,9 @@ def test_small_pictures_are_one_line(photo_folder: Path, recipe: Path, tmp_path:
         (["--device", "gpu"], "expected auto, cpu or cuda:N"),
         (["--weights", "nowhere"], "--weights nowhere: no such folder; give a folder that holds them"),
         (["--set", "loss.feature_net=vgg19_normalised"], "--weights DIR or SR_WEIGHTS_DIR, or start without"),
-        (["--init", "nowhere"], "nowhere: not a run of sr-train"),
+        (["--init", "nowhere"], "--init nowhere: no such folder; a shipped model's lies in sdk/models"),
+        (["--teacher", "nowhere", "--set", "loss.teacher_weight=1"], "--teacher nowhere: no such folder"),
+        (["--init", "."], "not a run of sr-train, whose folder holds recipe.json"),
         (["--paired", "lr", "--task", "jpeg"], "--paired pictures are taken as they are"),
         (["--paired", "lr", "--set", "degrade.jpeg_probability=1.0"], "--paired pictures are taken as they are"),
         (["--max-steps", "-1"], "Invalid value for '--max-steps'"),
@@ -346,7 +372,9 @@ def test_a_signal_to_all_processes_saves_and_ends_well(
     endless = tmp_path / "endless.toml"
     endless.write_text(TINY.replace("EPOCHS", "1e6"))
     out = tmp_path / "run"
+    before = signal.signal(number, signal.default_int_handler)  # a shell's background jobs inherit that it is ignored
     process = start(command(photo_folder, "--recipe", endless, "--out", out, "--workers", 1))
+    signal.signal(number, before)
     wait_for((out / "loss.png").exists, process)
     os.killpg(process.pid, number)  # as Ctrl-C in a terminal, or a scheduler: the worker gets it too
     output = process.communicate(timeout=300)[0]

@@ -121,7 +121,8 @@ def test_overrides() -> None:
         ("stages.0.name='192'", "stages need distinct names"),
         ("stages.0.name=../up", "expected a name of letters, digits"),
         ("stages.0.size=97", "size 97 is not a multiple of"),
-        ("stages.0.batch=0", "expected size 16 and batch 1 to 65536"),
+        ("stages.0.batch=0", "expected a batch from 1 to 65536, got 0"),
+        ("stages.0.size=8", "expected a size from 16 to 65536, got 8"),
         ("stages.0.phases=[]", "expected a phase at least"),
         ("stages.0.phases.0.epochs=0", "stage '96', phase 'all': expected epochs > 0 and learning_rate > 0"),
         ("stages.0.phases.0.learning_rate=nan", "learning_rate: expected a number up to 1e[+]18, got nan"),
@@ -149,7 +150,7 @@ def test_a_wrong_override_is_refused(override: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("stages.0.batch=10000000", "size 16 and batch 1 to 65536"),
+        ("stages.0.batch=10000000", "a batch from 1 to 65536, got 10000000"),
         ("stages.0.name=" + "s" * 65, "a name of letters"),
         ("stages.1.name=S96", "distinct names"),
         ("degrade.holes=[1000000,1000000]", "from 0 to 1000"),

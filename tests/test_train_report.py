@@ -22,7 +22,7 @@ from PIL import Image
 from train.errors import CheckpointError, ResourceError
 from train.plots import write_panel
 from train.recipe import Recipe, load_recipe
-from train.report import report_command, run_state, write_report
+from train.report import in_words, report_command, run_state, write_report
 from train.report_page import element, table
 from train.run_folder import append_log, read_log, write_run
 
@@ -129,6 +129,14 @@ def test_the_pictures_in_it_are_those_of_the_panels(run: Path, make_photo: MakeP
         assert np.array_equal(decoded[0], np.asarray(newest))
     assert len(decoded) == 1 + 3 + 1  # the newest, three predictions over time, and the target
     assert all(np.array_equal(picture, make_photo(128, 128, 0)) for picture in decoded[1:])
+
+
+def test_a_recipe_in_words() -> None:
+    same_size = in_words(load_recipe("fast-restore"))[0]
+    assert "which keeps the size, with seed 1. The input has the photographs' size, damaged: jpeg on 100%" in same_size
+    doubling = in_words(load_recipe("fast"))[0]
+    assert "to enlarge x2, with seed 1. The input is a bicubic reduction, not damaged otherwise." in doubling
+    assert "comes from the folder 'lr', as it is." in in_words(load_recipe("fast"), paired="lr")[0]
 
 
 def test_it_tells_what_is_trained_and_measured(run: Path) -> None:

@@ -47,3 +47,15 @@ def test_a_picture_without_damage_does_not_decide_the_validation(make_photo):
     assert min(errors) == 0 and max(errors) > 5
     assert found.metrics["psnr_y"] == pytest.approx(10 * np.log10(255**2 / np.mean(errors)))
     assert "mse_y" not in found.metrics
+
+
+def test_pictures_are_looked_at_upright():
+    ramp = np.tile(np.arange(80, dtype=np.uint8)[:, None] * 3, (1, 80))  # brighter from the top downwards
+    pictures = tuple(np.stack([ramp + np.uint8(index)] * 3, axis=2) for index in range(6))
+    photographs = Photographs(tuple(Path(f"{index}.png") for index in range(6)), pictures)
+    found = validate(
+        Unchanged(), photographs, loss=lambda sr, hr: ((sr - hr).abs().mean(), {}), config=DegradeConfig(), seed=1,
+        device=torch.device("cpu"), autocast=False,
+    )  # fmt: skip
+    for _, sr, hr in found.rows:
+        assert (np.diff(hr[..., 0].astype(int), axis=0) == 3).all() and np.array_equal(sr, hr)

@@ -20,7 +20,7 @@ import PIL
 from PIL import Image
 
 from .atomic import read_json, write_json
-from .commands import OneLineErrors, show_bar, silent, usable_cores
+from .commands import HELP, OneLineErrors, show_bar, silent, usable_cores
 from .errors import ResourceError
 from .pictures import (
     FORMATS,
@@ -350,7 +350,7 @@ def _listed(title: str, items: Sequence[str]) -> list[str]:
     return [f"{title}: {len(items)}", *(f"  {item}" for item in items[:SHOWN]), *more] if items else []
 
 
-@click.command("check", cls=OneLineErrors)
+@click.command("check", cls=OneLineErrors, context_settings=HELP)
 @click.argument("data", type=click.Path(path_type=Path))
 @click.option("--recipe", "recipe_name", default="fast", show_default=True, help="Its largest crop: smaller is tiny.")
 @click.option("--task", help="Lay a task over the recipe, as sr-train does.")

@@ -17,13 +17,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .commands import OneLineErrors
+from .commands import HELP, OneLineErrors
 
 if TYPE_CHECKING:
     from .loop import Progress, Trainer
 
 # Recipe -> what it is meant to go on from.
 NEEDS_INIT = {"fast-perceptual": "a run of fast", "fast-wide": "a run of fast", "srgan": "a run of srgan-mse"}
+FEW_STEPS = 1000  # of a run: after fewer, networks are hardly better than an interpolation
 # Word behind sr-train -> where its command is; every other first word is a folder to train on.
 TOOLS = {
     "check": "train.check:check_command",
@@ -47,7 +48,7 @@ class _WithTools(OneLineErrors):
 
 @click.command(
     cls=_WithTools,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings=HELP,
     epilog=f"Beside it: {', '.join(f'sr-train {name}' for name in TOOLS)}; each has its own --help.",
 )
 @click.argument("data", type=click.Path(path_type=Path))
@@ -66,7 +67,7 @@ class _WithTools(OneLineErrors):
     default=0,
     help="Stop after so many steps in all, with a checkpoint and the stage as it stands; 0: at the recipe's end.",
 )
-@click.option("--tensorboard", is_flag=True, help="Also write events for TensorBoard into the run folder.")
+@click.option("--tensorboard", is_flag=True, help="Also write events for `tensorboard --logdir RUN`.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda:N.")
 @click.option("--precision", type=click.Choice(["auto", "fp32", "bf16"]), default="auto", show_default=True)
 @click.option(
@@ -91,7 +92,9 @@ def main(
 ) -> None:
     """Train a super-resolution network on the photographs in folder DATA.
 
-    Ctrl-C or SIGTERM saves a checkpoint and ends with exit code 0; the same command goes on from there.
+    DATA and the folders below it are searched for PNG, JPEG, WebP, BMP and TIFF. Once the training has begun, Ctrl-C
+    or SIGTERM saves a checkpoint and ends with exit code 0; the same command goes on from there. The recipes and
+    tasks are in the README, and in the message after a wrong name.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     # PyTorch takes seconds to import, so a wrong recipe and --help come before it.
@@ -103,16 +106,20 @@ def main(
     if paired is not None:
         _check_paired(task, overrides)
 
+    from .pictures import find_pictures
+
+    find_pictures(data)
+    if any(out.resolve().is_relative_to(folder.resolve()) for folder in (data, paired) if folder is not None):
+        raise click.UsageError(f"--out {out} lies in the folder of the photographs, which it would become part of")
+    for option, folder in (("--init", init), ("--teacher", teacher)):
+        if folder is not None and not folder.is_dir():
+            raise click.UsageError(f"{option} {folder}: no such folder; a shipped model's lies in sdk/models")
     from .feature_nets import find_weights
     from .find_rate import find_rate
     from .loop import Settings, Trainer
-    from .pictures import find_pictures
     from .report import PAGE, write_report
     from .run_folder import hold
 
-    find_pictures(data)  # a wrong folder is told before a network is built
-    if any(out.resolve().is_relative_to(folder.resolve()) for folder in (data, paired) if folder is not None):
-        raise click.UsageError(f"--out {out} lies in the folder of the photographs, which it would become part of")
     settings = Settings(device=device, precision=precision, workers=workers, max_steps=max_steps)
     trainer = Trainer(recipe, out, weights=find_weights(weights), settings=settings)
     trainer.facts["command"] = shlex.join(["sr-train", *map(_without_folder, sys.argv[1:])])
@@ -124,19 +131,27 @@ def main(
     count = sum(parameter.numel() for parameter in trainer.model.parameters())
     say = click.echo if is_first else lambda text, err=False: None
     say(
-        f"{len(trainer.train_set)} pictures to train on, {len(trainer.validation_set)} to validate; "
+        f"pictures: {len(trainer.train_set)} to train on, {len(trainer.validation_set)} to validate; "
         f"{recipe.model.name}: {count:,} parameters; {trainer.device}, {trainer.facts['precision']}"
         + (f", {trainer.processes.count} processes" if trainer.processes.count > 1 else "")
     )
     if is_first:
+        _warn_of_little(trainer)
         click.get_current_context().with_resource(hold(out))
     if find_lr:
         if init is not None:
             trainer.start_from_run(init)
         plot = out / "find_lr.png"
         rate = find_rate(trainer, plot, report=_show_count("learning-rate finder: step"))
-        advice = f"suggested learning rate: {rate:.1e}" if rate else "no rate suggested: the loss hardly falls at any"
-        click.echo(f"{advice} (plot: {plot})")
+        key = "--set stages.0.phases.0.learning_rate"
+        if rate:
+            click.echo(f"suggested learning rate: {rate:.1e}, {key}={rate:.1e} takes it (plot: {plot})")
+        else:
+            given = recipe.stages[0].phases[0].learning_rate
+            click.echo(
+                f"no rate suggested: the loss hardly falls at any, as that of networks which begin with an "
+                f"interpolation; the recipe's is {given:g}, {key}=... takes another (plot: {plot})"
+            )
         return
     if trainer.resume():
         if trainer.finished:
@@ -152,18 +167,40 @@ def main(
     trainer.begin()
     say(json.dumps(trainer.facts["recipe"]))
     stopped = _stop_on_signals()
-    report, close = _reporters(trainer, tensorboard=tensorboard and is_first)
+    news = _News()
+    report, close = _reporters(trainer, news, tensorboard=tensorboard and is_first)
     try:
         is_complete = trainer.train(report=report, stop=lambda: bool(stopped))
     finally:
         close()
+        news.close()
     if is_first:
         page = write_report(out)
         say(f"report: {page}")
     if is_complete:
         say(f"done: {', '.join(stage.name for stage in recipe.stages)} in {out / 'stages'}")
+    elif max_steps and not stopped:
+        say(f"stopped at step {trainer.done_steps}, as --max-steps asks; a larger one goes on from there")
     else:
         say(f"stopped at step {trainer.done_steps}; the same command goes on from there")
+
+
+def _warn_of_little(trainer: Trainer) -> None:
+    """Tell what a small folder leaves out, which nobody would miss before the run has ended."""
+    recipe = trainer.recipe
+    if recipe.validation_pictures and not len(trainer.validation_set):
+        click.echo(
+            "warning: too few pictures, or too similar ones, to set any aside (a fifth, at most): "
+            "no validation, no panels, no best checkpoint",
+            err=True,
+        )
+    steps = sum(map(sum, trainer.phase_lengths()))
+    if not recipe.samples_per_epoch and steps < FEW_STEPS:
+        click.echo(
+            f"warning: {len(trainer.train_set)} pictures make {steps} steps in all, since an epoch takes one crop of "
+            "each; --set samples_per_epoch=40000 takes so many",
+            err=True,
+        )
 
 
 def _check_paired(task: str | None, overrides: Sequence[str]) -> None:
@@ -175,17 +212,18 @@ def _check_paired(task: str | None, overrides: Sequence[str]) -> None:
         raise click.UsageError("--paired pictures are taken as they are: no --task that damages, no --set degrade....")
 
 
-def _reporters(trainer: Trainer, *, tensorboard: bool) -> tuple[Callable[[Progress], None], Callable[[], None]]:
-    """Give what tells the news, to the terminal and perhaps to TensorBoard, and what ends that."""
-    show = _show_progress()
+def _reporters(
+    trainer: Trainer, news: _News, *, tensorboard: bool
+) -> tuple[Callable[[Progress], None], Callable[[], None]]:
+    """Give what tells the news, to the terminal and perhaps to TensorBoard, and what ends the latter."""
     if not tensorboard:
-        return show, lambda: None
+        return news.add, lambda: None
     from .event_log import EventLog
 
     events = EventLog(trainer.out / "events", done_steps=trainer.done_steps)
 
     def report(progress: Progress) -> None:
-        show(progress)
+        news.add(progress)
         events.add(asdict(progress))
         if progress.validation is not None:
             events.add_panel(trainer.out / "panels" / f"{progress.done_steps:08d}.png")
@@ -229,22 +267,32 @@ def _show_count(what: str) -> Callable[[int, int], None]:
     return show
 
 
-def _show_progress() -> Callable[[Progress], None]:
-    """Print a line at once, every half minute (two seconds on a terminal), and at every validation."""
-    last = float("-inf")
-    first: tuple[float, int] | None = None
+class _News:
+    """Prints a line at once, every half minute (two seconds on a terminal), at every validation, and at the end."""
 
-    def show(progress: Progress) -> None:
-        nonlocal last, first
+    def __init__(self) -> None:
+        self._printed = float("-inf")
+        self._first: tuple[float, int] | None = None
+        self._waiting: Progress | None = None
+
+    def add(self, progress: Progress) -> None:
+        """Print a line, or keep it until there is a newer one."""
         now = time.monotonic()
-        first = first or (now, progress.done_steps)
-        if progress.validation is None and now - last < (2 if sys.stderr.isatty() else 30):
+        self._first = self._first or (now, progress.done_steps)
+        self._waiting = progress
+        if progress.validation is not None or now - self._printed >= (2 if sys.stderr.isatty() else 30):
+            self.close()
+
+    def close(self) -> None:
+        """Print the newest line, if that has not been done."""
+        progress, self._waiting = self._waiting, None
+        if progress is None or self._first is None:
             return
-        last = now
-        steps = progress.done_steps - first[1]
-        minutes = (progress.all_steps - progress.done_steps) * (now - first[0]) / steps / 60 if steps else None
+        self._printed = time.monotonic()
+        steps = progress.done_steps - self._first[1]
+        speed = (self._printed - self._first[0]) / steps if steps else None
+        left = f", {(progress.all_steps - progress.done_steps) * speed / 60:.1f} min left" if speed is not None else ""
         terms = " ".join(f"{name} {value:.5f}" for name, value in progress.terms.items())
-        left = f", {minutes:.1f} min left" if minutes is not None else ""
         found = progress.validation
         validation = f", validation {found['psnr_y']:.3f} dB" if found is not None else ""
         with suppress(OSError):  # a run outlives its terminal, and whoever reads its news; the log holds them too
@@ -254,8 +302,6 @@ def _show_progress() -> Callable[[Progress], None]:
                 f"{progress.images_per_second:.3g} images/s{left}{validation}",
                 err=True,
             )
-
-    return show
 
 
 if __name__ == "__main__":

@@ -28,6 +28,10 @@ class Clock:
             self._sums[name] = total + term, count + 1
         self._images += images
 
+    def has_news(self) -> bool:
+        """Tell whether a step has been noted since the last report."""
+        return self._images > 0
+
     def wants_report(self) -> bool:
         """Tell whether it is time for news."""
         return self._reports == 0 or time.monotonic() - self._started > REPORT_SECONDS

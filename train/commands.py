@@ -11,6 +11,7 @@ import click
 
 from .errors import TrainError
 
+HELP = {"help_option_names": ["-h", "--help"]}
 EXTRA = {"torch", "torchvision", "safetensors", "matplotlib", "tomli"}
 
 

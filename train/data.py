@@ -153,7 +153,10 @@ def read_photographs(
         else:
             kept.append(index)
     if not kept:
-        raise DataError(f"{folder}: every picture is smaller than {smallest_side} pixels, the largest training size")
+        raise DataError(
+            f"{folder}: every picture is smaller than {smallest_side} pixels, the largest training size; "
+            "--set stages.N.size=... takes smaller crops in stage N, counted from 0"
+        )
     return Photographs(_at(paths, kept), _at(pictures, kept))
 
 

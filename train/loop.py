@@ -317,6 +317,13 @@ class Trainer(Learner):
 
     # The work itself
 
+    def phase_lengths(self) -> list[list[int]]:
+        """Count the steps of every phase of every stage."""
+        return [
+            [phase_steps(self.recipe, stage, phase, len(self.train_set)) for phase in stage.phases]
+            for stage in self.recipe.stages
+        ]
+
     def train(
         self, *, report: Callable[[Progress], None] = lambda progress: None, stop: Callable[[], bool] = lambda: False
     ) -> bool:
@@ -343,10 +350,7 @@ class Trainer(Learner):
             raise
 
     def _train(self, report: Callable[[Progress], None], stop: Callable[[], bool]) -> bool:
-        lengths = [
-            [phase_steps(self.recipe, stage, phase, len(self.train_set)) for phase in stage.phases]
-            for stage in self.recipe.stages
-        ]
+        lengths = self.phase_lengths()
         all_steps = sum(sum(stage) for stage in lengths)
         while not self.finished:
             stage_index, phase_index, _ = self.position
@@ -379,6 +383,22 @@ class Trainer(Learner):
         clock = Clock(panel_seconds=settings.panel_seconds, checkpoint_seconds=settings.checkpoint_seconds)
         steps = Steps(first, total, batch=stage.batch, rank=self.processes.rank, count=self.processes.count)
         source = self.samples(stage_index, phase_index, steps, stop=stop)
+        share = 0.0
+
+        def tell(step: int, *, looks: bool) -> None:
+            means, speed = clock.take_means()
+            validation = self.look() if looks else None
+            clock.has_reported(looked=looks)
+            progress = Progress(
+                stage.name, phase.name, step, total, self.done_steps, all_steps,
+                phase.learning_rate * share, means, speed, self.skipped, validation,
+            )  # fmt: skip
+            if self.processes.is_first:
+                append_log(self.out, asdict(progress))
+                if looks:
+                    plots.write_loss_curve(read_log(self.out), self.out / "loss.png")
+                report(progress)
+
         for step in range(first, total):
             is_last = step + 1 == total
             ends, reports, looks, saves = self.processes.decide(
@@ -389,6 +409,8 @@ class Trainer(Learner):
             )
             if ends:
                 source.close()
+                if clock.has_news():
+                    tell(step, looks=self._at_max_steps())
                 return False
             try:
                 lr, hr = next(source)
@@ -406,18 +428,7 @@ class Trainer(Learner):
             self.is_in_step = False
             clock.add(terms, stage.batch)
             if reports:
-                means, speed = clock.take_means()
-                validation = self.look() if looks else None
-                clock.has_reported(looked=looks)
-                progress = Progress(
-                    stage.name, phase.name, step + 1, total, self.done_steps, all_steps,
-                    phase.learning_rate * share, means, speed, self.skipped, validation,
-                )  # fmt: skip
-                if self.processes.is_first:
-                    append_log(self.out, asdict(progress))
-                    if looks:
-                        plots.write_loss_curve(read_log(self.out), self.out / "loss.png")
-                    report(progress)
+                tell(step + 1, looks=looks)
             if saves and not self.non_finite:
                 self.save()
                 clock.has_saved()

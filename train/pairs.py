@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from .atomic import read_json, replacing, write_json
-from .commands import OneLineErrors, show_bar, silent
+from .commands import HELP, OneLineErrors, show_bar, silent
 from .degrade import degrade
 from .errors import DataError, RecipeError, ResourceError
 from .pictures import describe_fault, find_pictures, read_picture
@@ -205,7 +205,7 @@ def _is_empty(items: Iterator[Path]) -> bool:
 # The command
 
 
-@click.command("degrade", cls=OneLineErrors)
+@click.command("degrade", cls=OneLineErrors, context_settings=HELP)
 @click.argument("hr_folder", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--recipe", "recipe_name", default="fast", show_default=True, help="Whose damages and scale are taken.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -11,9 +12,12 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from .errors import DataError
 
+LOG = logging.getLogger(__name__)
 # Others, such as PostScript behind a wrong suffix, would start programs or be no photographs.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
+# Photographs all the same, which somebody would miss.
+OTHER_SUFFIXES = {".heic", ".heif", ".avif", ".jxl", ".jp2", ".gif", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf"}
 # Perceptual hashes that differ in so few of 64 bits are one picture's. Of 565 photographs the two pairs of copies
 # differ in 0 and 4 bits, and no others in fewer than 14.
 NEAR_BITS = 8
@@ -29,11 +33,16 @@ def find_pictures(folder: Path) -> list[Path]:
             f"{folder}: {'a file, not a' if folder.exists() else 'no such'} folder; give a folder of photographs"
         )
     try:
-        paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+        files = [
+            path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES | OTHER_SUFFIXES and path.is_file()
+        ]
     except OSError as exc:
         raise DataError(f"{folder}: cannot be read ({exc})") from exc
+    paths = sorted(path for path in files if path.suffix.lower() in SUFFIXES)
     if not paths:
         raise DataError(f"{folder}: no pictures found ({', '.join(sorted(SUFFIXES))})")
+    if left := sorted({path.suffix.lower() for path in files} - SUFFIXES):
+        LOG.warning("%s: %d files are not taken (%s)", folder, len(files) - len(paths), ", ".join(left))
     return paths
 
 

@@ -250,7 +250,8 @@ def _check(recipe: Recipe) -> None:
         where = f"stage {stage.name!r}"
         # The name becomes a folder of the run and a part of file names in the bundle.
         _expect(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", stage.name), where, "a name of letters, digits, . _ -")
-        _expect(16 <= stage.size <= LARGEST and 1 <= stage.batch <= LARGEST, where, f"size 16 and batch 1 to {LARGEST}")
+        _expect(16 <= stage.size <= LARGEST, where, f"a size from 16 to {LARGEST}, got {stage.size}")
+        _expect(1 <= stage.batch <= LARGEST, where, f"a batch from 1 to {LARGEST}, got {stage.batch}")
         _expect(stage.phases, where, "a phase at least")
         if any(scale < 1 or stage.size % scale for scale in recipe.model.scales):
             raise RecipeError(f"{where}: size {stage.size} is not a multiple of {list(recipe.model.scales)}")
@@ -311,6 +312,8 @@ def differences(before: Any, after: Any, where: str = "") -> list[str]:
     elif isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
         items = [(str(index), old, new) for index, (old, new) in enumerate(zip(before, after, strict=True))]
     else:
+        if isinstance(before, list) and isinstance(after, list) and any(isinstance(each, dict) for each in before):
+            before, after = len(before), len(after)  # tables fill a screen
         return [] if before == after else [f"{where}: {json.dumps(before)} before, {json.dumps(after)} now"]
     return [line for key, old, new in items for line in differences(old, new, f"{where}.{key}" if where else key)]
 

@@ -16,7 +16,7 @@ from PIL import Image
 from .atomic import read_json, replacing
 from .checkpoint import FACTS as STATE
 from .checkpoint import latest_checkpoint, stage_folder
-from .commands import OneLineErrors
+from .commands import HELP, OneLineErrors
 from .compare import as_text, flat
 from .plots import GAIN, Metric, metric_svg, number, read_metrics, read_panel, stage_borders, validation_of
 from .recipe import Recipe, load_recipe, recipe_names
@@ -118,11 +118,11 @@ def in_words(recipe: Recipe, *, paired: str | None = None) -> list[str]:
     scales = " and ".join(f"x{scale}" for scale in model.scales)
     shares = [key.removesuffix("_probability") for key in asdict(degrade) if key.endswith("_probability")]
     damages = [f"{name} on {share:.0%}" for name in shares if (share := getattr(degrade, f"{name}_probability"))]
+    is_kept = model.scales == (1,)
+    made = "has the photographs' size" if is_kept else f"is a {degrade.resize} reduction"
+    damaged = f"damaged: {', '.join(damages)} of the samples" if damages else "not damaged otherwise"
     source = (
-        f"The input comes from the folder {paired!r}, as it is."
-        if paired is not None
-        else f"The input is a {degrade.resize} reduction, "
-        + (f"damaged: {', '.join(damages)} of the samples." if damages else "not damaged otherwise.")
+        f"The input {made}, {damaged}." if paired is None else f"The input comes from the folder {paired!r}, as it is."
     )
     terms = [f"{loss.pixel} {loss.pixel_weight:g}"] if loss.pixel_weight else []
     named = {"pixel_weight", "feature_weight", "style_weight"}
@@ -133,7 +133,8 @@ def in_words(recipe: Recipe, *, paired: str | None = None) -> list[str]:
     sentences = [
         f"Recipe {recipe.name or 'without a name'!r} trains the network {model.name!r}"
         + (f" ({options})" if options else "")
-        + f" to enlarge {scales}, with seed {recipe.seed}."
+        + (", which keeps the size" if is_kept else f" to enlarge {scales}")
+        + f", with seed {recipe.seed}."
         f" {source} The loss adds up {', '.join(terms) or 'nothing'}, with these weights."
     ]
     for stage in recipe.stages:
@@ -160,7 +161,7 @@ def _origin(known: dict[str, Any]) -> str:
             f"steps (commit {_text(init.get('commit'))}, data {_text(init.get('fingerprint'))}), made by: "
             f"{_text(init.get('command'))}"
         )
-    return f"It starts from new weights; pretrained parts, where the network has any: {_text(known.get('weights'))}."
+    return f"It starts from new weights; pretrained ones, where it takes any, are from: {_text(known.get('weights'))}."
 
 
 def _curves(log: list[dict[str, Any]]) -> list[Markup]:
@@ -335,7 +336,7 @@ def _text(value: Any) -> str:
     return NOT_KNOWN if value is None else as_text(value)
 
 
-@click.command("report", cls=OneLineErrors)
+@click.command("report", cls=OneLineErrors, context_settings=HELP)
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), help="The HTML file. Default: report.html in the run folder.")
 def report_command(run: Path, out: Path | None) -> None:

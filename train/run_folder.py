@@ -57,8 +57,12 @@ def load_run(run: Path) -> Recipe:
 
     Raises: CheckpointError if the folder is not a run.
     """
+    if not run.is_dir():
+        raise CheckpointError(f"{run}: no such folder; give a run of sr-train")
     try:
         return recipe_from_dict(read_json(run / RECIPE))
+    except FileNotFoundError as exc:
+        raise CheckpointError(f"{run}: not a run of sr-train, whose folder holds {RECIPE}") from exc
     except (OSError, ValueError, RecipeError) as exc:
         raise CheckpointError(f"{run}: not a run of sr-train ({exc})") from exc
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -49,7 +49,8 @@ def validate(
     rows = []
     for index in range(len(photographs)):
         rng = np.random.default_rng((seed, index))
-        lr, hr = photographs.cut(index, size=size, scale=scale, config=config, rng=rng)
+        cut = photographs.draw(index, size=size, scale=scale, config=config, rng=rng)
+        lr, hr = photographs.apply(index, replace(cut, flip=False, turns=0))  # as one looks at them
         with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
             result = model(to_batch(lr, device), scale).float()
         _, terms = loss(result, to_batch(hr, device))

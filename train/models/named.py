@@ -22,11 +22,16 @@ def build_named(
     if name not in builders:
         raise RecipeError(f"unknown {what} {name!r}: one of {', '.join(builders)}")
     builder = builders[name]
-    known = set(inspect.signature(builder).parameters) - set(given)
+    parameters = inspect.signature(builder).parameters
+    known = set(parameters) - set(given)
     unknown = sorted(set(options) - known)
     if unknown:
         raise RecipeError(f"{what} options: {name} knows {', '.join(sorted(known))}, not {', '.join(unknown)}")
     values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in options.items()}
+    for key, value in values.items():
+        kind = type(parameters[key].default)
+        if kind in (bool, int, str, tuple) and type(value) is not kind:
+            raise RecipeError(f"{what}.options.{key}: expected {kind.__name__}, got {value!r}")
     try:
         return builder(**given, **values)
     except (TypeError, ValueError, IndexError) as exc:
