@@ -173,7 +173,7 @@ def test_weights_that_are_not_numbers_are_refused(state, tmp_path):
         ({"settings": ("model.width=8",)}, "knows blocks, cell, channels"),
         ({"settings": ("channels=8",)}, "model.channels=48"),
         ({"settings": ("model.channels",)}, "key=value"),
-        ({"settings": ("model.channels=wide",)}, "model fast"),
+        ({"settings": ("model.channels=wide",)}, "expected int, got 'wide'"),
         ({"settings": ("model.scales=[2,4]", "model.channels=8")}, "one scale"),
     ],
     ids=str,

@@ -579,11 +579,15 @@ upscaler.upscale(image)
 def test_a_bundle_without_an_exact_halo_is_refused(tmp_path: Path) -> None:
     folder = bundles.copy("unet", tmp_path)
     stage = Bundle.load(folder).stage()
-    bundles.write_manifest(folder, type(stage)(**vars(stage) | {"halo": stage.halo[:-2]}))
+    *rows, last = stage.halo[:-2]
+    bundles.write_manifest(folder, replace(stage, halo=(*rows, replace(last, error=2.0))))
     with pytest.raises(SRError, match="no measured halo"):
         Upscaler(folder)
     with Upscaler(folder, backend="onnxruntime", seams="fast") as opened:
-        assert opened.info["halo"] == 32
+        assert opened.info["halo"] == last.context == 32
+    bundles.write_manifest(folder, replace(stage, halo=(*rows, last)))
+    with pytest.raises(SRError, match=r"no measured halo reaches 2.0 code values \(best 3.0\)"):
+        Upscaler(folder, seams="fast")
 
 
 @pytest.mark.parametrize("dtype,most", [(np.uint8, 255), (np.uint16, 65535), (np.float32, 1)])

@@ -80,7 +80,8 @@ from train.models.fast_unet import FastUNet
 logging.basicConfig(format="%(message)s")
 device = choose_device("cpu")
 processes = join_processes(device)
-print(processes.rank, processes.agree(("here", 3)), processes.agree(processes.rank))
+line = f"{processes.rank} {processes.agree(('here', 3))} {processes.agree(processes.rank)}"
+os.write(1, (line + os.linesep).encode())  # at once: print's pieces would mix with the other process's
 for network in (FastUNet(channels=4), SRGANCritic(channels=4, dense=4)):
     assert processes.share_batch_norm(network, device) is network
 torch.distributed.destroy_process_group()
