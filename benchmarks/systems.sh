@@ -5,7 +5,6 @@
 #
 # PHOTOGRAPHS: a folder. TEST_SETS: one with Set5, Set14 and BSD100 in it. OUT: for runs and bundles; what is finished
 # is not made again. SR_WEIGHTS_DIR names the pretrained weights; of VGG, here those of VGG-19 up to relu3_1.
-# About three hours on one CPU core.
 set -eu
 photographs=$1 tests=$2 out=$3
 mkdir -p "$out"
@@ -21,7 +20,7 @@ train() { # recipe, options
     test -d "$out/$recipe-short" || sr-export "$out/$recipe" --out "$out/$recipe-short" --fp16
 }
 
-# The U-Net's recipes damage their pictures; the test sets are clean.
+# The U-Net's recipes damage their pictures; the test sets are clean. Unquoted below, as it is several words.
 clean="--set degrade.jpeg_probability=0.0 --set degrade.noise_probability=0.0
     --set degrade.holes_probability=0.0 --set degrade.text_probability=0.0"
 

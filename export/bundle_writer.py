@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -95,6 +95,14 @@ class _Work:
         return self.network.stride(self.scale)
 
 
+@contextmanager
+def _as_export_errors() -> Iterator[None]:
+    try:
+        yield
+    except TrainError as exc:
+        raise ExportError(str(exc)) from exc
+
+
 def export_run(run: Path, out: Path, options: Options, *, report: Report = lambda line: None) -> Manifest:
     """Export every stage of a run that has weights into the folder `out`, which must not exist.
 
@@ -104,10 +112,8 @@ def export_run(run: Path, out: Path, options: Options, *, report: Report = lambd
     refuse_existing(out)
     if (run / TENSORS).is_file():
         return _export_checkpoint(run, out, options, report=report)
-    try:
+    with _as_export_errors():
         recipe = load_run(run)
-    except TrainError as exc:
-        raise ExportError(str(exc)) from exc
     scale = choose_scale(recipe.model.scales, options.scale)
     if unknown := set(options.stages) - {stage.name for stage in recipe.stages}:
         raise ExportError(f"{run}: has no stage {', '.join(sorted(unknown))}")
@@ -117,16 +123,14 @@ def export_run(run: Path, out: Path, options: Options, *, report: Report = lambd
         if stage_folder(run, stage.name).is_dir() and (not options.stages or stage.name in options.stages)
     ]
     if not sources:
-        raise ExportError(f"{run}: no finished stage yet{checkpoint_to_take(run)}")
+        with _as_export_errors():
+            raise ExportError(f"{run}: no finished stage yet{checkpoint_to_take(run)}")
     return _write_bundle(sources, out, options, scale=scale, report=report)
 
 
 def _export_checkpoint(folder: Path, out: Path, options: Options, *, report: Report) -> Manifest:
-    try:
-        with quiet("train.feature_nets"):  # its weights are random for a moment only
-            network, stage, facts = load_averaged(folder)
-    except TrainError as exc:
-        raise ExportError(str(exc)) from exc
+    with _as_export_errors(), quiet("train.feature_nets"):  # its weights are random for a moment only
+        network, stage, facts = load_averaged(folder)
     if set(options.stages) - {stage.name}:
         raise ExportError(f"{folder}: is of stage {stage.name}, not {', '.join(options.stages)}")
     scale = choose_scale(network.scales, options.scale)
@@ -195,11 +199,8 @@ def _write_bundle(sources: Sequence[Source], out: Path, options: Options, *, sca
 
 def _load_stage(run: Path, recipe: Recipe, stage: str, incomplete: bool) -> tuple[Network, dict[str, Any]]:
     """Build a stage's network with its trained weights."""
-    try:
-        with quiet("train.feature_nets"):  # its weights are random for a moment only
-            network, facts = load_network(run, recipe, stage)
-    except TrainError as exc:
-        raise ExportError(str(exc)) from exc
+    with _as_export_errors(), quiet("train.feature_nets"):  # its weights are random for a moment only
+        network, facts = load_network(run, recipe, stage)
     if not (facts.get("complete", True) or incomplete):
         raise ExportError(f"{run}, stage {stage}: stopped by --max-steps; finish it, or export it with --incomplete")
     return network, facts

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -49,3 +49,14 @@ def photo_folder(tmp_path: Path) -> Path:
         else:
             image.save(folder / f"photo{index}.png")
     return folder
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Let PyTorch's sums have one order."""
+    import torch  # which most tests do without
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -490,6 +490,13 @@ def test_command_refuses_a_run_without_a_finished_stage(tmp_path):
     assert code == 1 and "no finished stage" in output
 
 
+def test_checkpoints_that_cannot_be_listed_are_one_line(tmp_path):
+    write_run(tmp_path / "run", recipe_from_dict(RECIPE), {})
+    (tmp_path / "run" / "checkpoints").write_text("")
+    code, output = invoke(tmp_path / "run", "--out", tmp_path / "b")
+    assert code == 1 and "checkpoints: cannot be read" in output
+
+
 def test_a_checkpoint_is_exported(run, tmp_path):
     """What an interrupted run has: its averaged weights, of the stage that it was in."""
     recipe = load_run(run)

@@ -12,7 +12,6 @@ import pytest
 import torch
 import trainers
 from torch import Tensor
-from trainers import one_thread  # noqa: F401 - a fixture
 
 from train.adversary import FAKES, Adversary, SavedResults
 from train.errors import RecipeError
@@ -20,6 +19,8 @@ from train.loop import Settings, Trainer
 from train.recipe import AdversarialConfig, Recipe, recipe_from_dict
 from train.run_folder import read_log
 from train.schedule import schedule
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 TINY: dict[str, Any] = {
     "name": "tiny-gan",

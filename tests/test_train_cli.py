@@ -173,7 +173,7 @@ def test_news_come_at_once_and_tell_the_time_left(
 
 def test_a_small_folder_is_told_what_it_lacks(photo_folder: Path, recipe: Path, tmp_path: Path) -> None:
     plenty = run(photo_folder, "--recipe", recipe, "--out", tmp_path / "a", "--max-steps", 1)
-    assert "warning: " not in plenty.output.replace("warning: 5 pictures", "")
+    assert "warning: " not in plenty.output
     for path in sorted(photo_folder.iterdir())[3:]:
         path.unlink()
     options = ["--set", "samples_per_epoch=0", "--max-steps", 1]

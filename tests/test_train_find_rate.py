@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 from torch import Tensor
-from trainers import TINY, bad_loss, make_trainer, one_thread, same  # noqa: F401 - one is a fixture
+from trainers import TINY, bad_loss, make_trainer, same
 
 from train.errors import DivergedError, RecipeError
 from train.find_rate import find_rate
 from train.recipe import recipe_from_dict
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_the_rate_finder_leaves_no_trace(photo_folder: Path, tmp_path: Path) -> None:

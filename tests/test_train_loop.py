@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from trainers import TINY, bad_loss, make_trainer, one_thread, same  # noqa: F401 - one is a fixture
+from trainers import TINY, bad_loss, make_trainer, same
 
 from train.checkpoint import Checkpoint, latest_checkpoint, load_checkpoint, save_checkpoint, stage_folder
 from train.errors import CheckpointError, DivergedError, RecipeError, ResourceError
@@ -23,6 +23,8 @@ from train.models import build_model
 from train.models.perceptual_unet import RESNET18_FILE, PerceptualUNet
 from train.recipe import ModelConfig, PhaseConfig, Recipe, StageConfig, load_recipe, recipe_from_dict
 from train.run_folder import load_run, read_log, write_run
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 STEPS = 8 + 4
 

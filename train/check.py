@@ -20,7 +20,7 @@ import PIL
 from PIL import Image
 
 from .atomic import read_json, write_json
-from .commands import HELP, OneLineErrors, show_bar, silent, usable_cores
+from .commands import OneLineErrors, show_bar, silent, usable_cores
 from .errors import ResourceError
 from .pictures import (
     FORMATS,
@@ -155,7 +155,7 @@ def inspect_folder(
     processes: that decode, 1 is this one alone.
     Raises: DataError if the folder is missing or holds no pictures; ResourceError if memory ends.
     """
-    paths = find_pictures(folder)
+    paths = find_pictures(folder, tells_others=True)
     cache_file = _cache_file(folder)
     cache = _load_cache(cache_file)
     names = [path.relative_to(folder).as_posix() for path in paths]
@@ -350,7 +350,7 @@ def _listed(title: str, items: Sequence[str]) -> list[str]:
     return [f"{title}: {len(items)}", *(f"  {item}" for item in items[:SHOWN]), *more] if items else []
 
 
-@click.command("check", cls=OneLineErrors, context_settings=HELP)
+@click.command("check", cls=OneLineErrors)
 @click.argument("data", type=click.Path(path_type=Path))
 @click.option("--recipe", "recipe_name", default="fast", show_default=True, help="Its largest crop: smaller is tiny.")
 @click.option("--task", help="Lay a task over the recipe, as sr-train does.")

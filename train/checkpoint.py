@@ -20,6 +20,7 @@ from .errors import CheckpointError, ResourceError
 TENSORS = "state.safetensors"
 FACTS = "state.json"
 MANIFEST = "manifest.json"  # of a bundle
+BEST = "best"  # the one of the highest validation PSNR-Y, beside those of steps
 STEP = re.compile(r"step-\d+")
 PUT_ASIDE = re.compile(r"\.(step-\d+)\.old")  # by `save_checkpoint`, between its two renames
 

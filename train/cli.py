@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .commands import HELP, OneLineErrors
+from .commands import OneLineErrors
 
 if TYPE_CHECKING:
     from .loop import Progress, Trainer
@@ -48,7 +48,6 @@ class _WithTools(OneLineErrors):
 
 @click.command(
     cls=_WithTools,
-    context_settings=HELP,
     epilog=f"Beside it: {', '.join(f'sr-train {name}' for name in TOOLS)}; each has its own --help.",
 )
 @click.argument("data", type=click.Path(path_type=Path))
@@ -108,12 +107,13 @@ def main(
 
     from .pictures import find_pictures
 
-    find_pictures(data)
+    find_pictures(data, tells_others=True)
     if any(out.resolve().is_relative_to(folder.resolve()) for folder in (data, paired) if folder is not None):
         raise click.UsageError(f"--out {out} lies in the folder of the photographs, which it would become part of")
     for option, folder in (("--init", init), ("--teacher", teacher)):
         if folder is not None and not folder.is_dir():
-            raise click.UsageError(f"{option} {folder}: no such folder; a shipped model's lies in sdk/models")
+            hint = "; a shipped model's lies in sdk/models" if option == "--init" else ""
+            raise click.UsageError(f"{option} {folder}: no such folder{hint}")
     from .feature_nets import find_weights
     from .find_rate import find_rate
     from .loop import Settings, Trainer
@@ -167,13 +167,11 @@ def main(
     trainer.begin()
     say(json.dumps(trainer.facts["recipe"]))
     stopped = _stop_on_signals()
-    news = _News()
-    report, close = _reporters(trainer, news, tensorboard=tensorboard and is_first)
+    report, close = _reporters(trainer, tensorboard=tensorboard and is_first)
     try:
         is_complete = trainer.train(report=report, stop=lambda: bool(stopped))
     finally:
         close()
-        news.close()
     if is_first:
         page = write_report(out)
         say(f"report: {page}")
@@ -212,12 +210,11 @@ def _check_paired(task: str | None, overrides: Sequence[str]) -> None:
         raise click.UsageError("--paired pictures are taken as they are: no --task that damages, no --set degrade....")
 
 
-def _reporters(
-    trainer: Trainer, news: _News, *, tensorboard: bool
-) -> tuple[Callable[[Progress], None], Callable[[], None]]:
-    """Give what tells the news, to the terminal and perhaps to TensorBoard, and what ends the latter."""
+def _reporters(trainer: Trainer, *, tensorboard: bool) -> tuple[Callable[[Progress], None], Callable[[], None]]:
+    """Give what tells the news, to the terminal and perhaps to TensorBoard, and what ends that."""
+    news = _News()
     if not tensorboard:
-        return news.add, lambda: None
+        return news.add, news.close
     from .event_log import EventLog
 
     events = EventLog(trainer.out / "events", done_steps=trainer.done_steps)
@@ -228,7 +225,11 @@ def _reporters(
         if progress.validation is not None:
             events.add_panel(trainer.out / "panels" / f"{progress.done_steps:08d}.png")
 
-    return report, events.close
+    def close() -> None:
+        events.close()
+        news.close()
+
+    return report, close
 
 
 def _without_folder(argument: str) -> str:

@@ -11,12 +11,15 @@ import click
 
 from .errors import TrainError
 
-HELP = {"help_option_names": ["-h", "--help"]}
 EXTRA = {"torch", "torchvision", "safetensors", "matplotlib", "tomli"}
 
 
 class OneLineErrors(click.Command):
-    """A command whose errors, and missing packages, are told in one line."""
+    """A command whose errors, and missing packages, are told in one line; -h is its --help."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.context_settings.setdefault("help_option_names", ["-h", "--help"])
 
     def invoke(self, ctx: click.Context) -> Any:
         for stream in (sys.stdout, sys.stderr):  # names of files may hold what a terminal's encoding does not

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from .atomic import write_json
-from .commands import HELP, OneLineErrors
+from .commands import OneLineErrors
 from .errors import CheckpointError, DataError, TrainError
 from .plots import Metric, number, printable, read_metrics, read_panel, write_comparison, write_sheet
 from .recipe import Recipe
@@ -260,7 +260,7 @@ def _pairs_of_data(data: Path, recipe: Recipe, *, grid: int) -> list[tuple[np.nd
     ]
 
 
-@click.command("compare", cls=OneLineErrors, context_settings=HELP)
+@click.command("compare", cls=OneLineErrors)
 @click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), default=Path("compare"), show_default=True, help="Folder.")
 @click.option("--data", type=click.Path(path_type=Path), help="Photographs for the predictions. Default: a panel's.")

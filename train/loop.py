@@ -23,6 +23,7 @@ from torch import Tensor
 from . import plots
 from .adversary import SavedResults, forget_results, save_results
 from .checkpoint import (
+    BEST,
     MANIFEST,
     TENSORS,
     Checkpoint,
@@ -52,7 +53,6 @@ NEWS_SECONDS = 30.0  # of what a phase prepares
 KEPT_CHECKPOINTS = 2
 # As PyTorch's loader words it, in whatever line the news arrive.
 WORKER_ENDED = re.compile(r"DataLoader worker .*(exited unexpectedly|is killed by signal)")
-BEST = "best"  # checkpoint of the highest validation PSNR-Y
 
 
 @dataclass(frozen=True)

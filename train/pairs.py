@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from .atomic import read_json, replacing, write_json
-from .commands import HELP, OneLineErrors, show_bar, silent
+from .commands import OneLineErrors, show_bar, silent
 from .degrade import degrade
 from .errors import DataError, RecipeError, ResourceError
 from .pictures import describe_fault, find_pictures, read_picture
@@ -55,11 +55,11 @@ def match_pairs(lr_folder: Path, hr_folder: Path, *, scale: int) -> tuple[list[t
     return sorted(pairs, key=lambda pair: pair[1]), faults
 
 
-def _by_name(folder: Path) -> tuple[dict[str, Path], list[str]]:
+def _by_name(folder: Path, *, tells_others: bool = False) -> tuple[dict[str, Path], list[str]]:
     """Give the pictures below a folder by relative path without suffix, and those whose name is taken."""
     paths: dict[str, Path] = {}
     faults = []
-    for path in find_pictures(folder):
+    for path in find_pictures(folder, tells_others=tells_others):
         first = paths.setdefault(path.relative_to(folder).with_suffix("").as_posix(), path)
         if first != path:
             faults.append(f"{path} ({first.name} has the same name)")
@@ -139,7 +139,7 @@ def write_pairs(
     """
     if out.resolve().is_relative_to(hr_folder.resolve()):
         raise DataError(f"{out}: inside {hr_folder}, whose pictures it is made of; name a folder elsewhere")
-    sources, faults = _by_name(hr_folder)
+    sources, faults = _by_name(hr_folder, tells_others=True)
     if faults:
         raise DataError(f"{hr_folder}: names must differ in more than the suffix: {'; '.join(faults)}")
     _claim(out, {"format": FORMAT, "scale": scale, "seed": seed, "degrade": asdict(config)})
@@ -205,7 +205,7 @@ def _is_empty(items: Iterator[Path]) -> bool:
 # The command
 
 
-@click.command("degrade", cls=OneLineErrors, context_settings=HELP)
+@click.command("degrade", cls=OneLineErrors)
 @click.argument("hr_folder", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--recipe", "recipe_name", default="fast", show_default=True, help="Whose damages and scale are taken.")

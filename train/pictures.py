@@ -23,9 +23,10 @@ OTHER_SUFFIXES = {".heic", ".heif", ".avif", ".jxl", ".jp2", ".gif", ".dng", ".c
 NEAR_BITS = 8
 
 
-def find_pictures(folder: Path) -> list[Path]:
+def find_pictures(folder: Path, *, tells_others: bool = False) -> list[Path]:
     """List the pictures below a folder, sorted by path.
 
+    tells_others: warn of photographs in formats that are not read.
     Raises: DataError if the folder is missing or holds none.
     """
     if not folder.is_dir():
@@ -41,7 +42,7 @@ def find_pictures(folder: Path) -> list[Path]:
     paths = sorted(path for path in files if path.suffix.lower() in SUFFIXES)
     if not paths:
         raise DataError(f"{folder}: no pictures found ({', '.join(sorted(SUFFIXES))})")
-    if left := sorted({path.suffix.lower() for path in files} - SUFFIXES):
+    if tells_others and (left := sorted({path.suffix.lower() for path in files} - SUFFIXES)):
         LOG.warning("%s: %d files are not taken (%s)", folder, len(files) - len(paths), ", ".join(left))
     return paths
 

@@ -16,7 +16,7 @@ from PIL import Image
 from .atomic import read_json, replacing
 from .checkpoint import FACTS as STATE
 from .checkpoint import latest_checkpoint, stage_folder
-from .commands import HELP, OneLineErrors
+from .commands import OneLineErrors
 from .compare import as_text, flat
 from .plots import GAIN, Metric, metric_svg, number, read_metrics, read_panel, stage_borders, validation_of
 from .recipe import Recipe, load_recipe, recipe_names
@@ -336,7 +336,7 @@ def _text(value: Any) -> str:
     return NOT_KNOWN if value is None else as_text(value)
 
 
-@click.command("report", cls=OneLineErrors, context_settings=HELP)
+@click.command("report", cls=OneLineErrors)
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), help="The HTML file. Default: report.html in the run folder.")
 def report_command(run: Path, out: Path | None) -> None:

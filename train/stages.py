@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .checkpoint import latest_checkpoint, load_checkpoint, stage_folder
+from .checkpoint import BEST, latest_checkpoint, load_checkpoint, stage_folder
 from .errors import CheckpointError, RecipeError
 from .feature_nets import RANDOM_WEIGHTS
 from .models import Network, build_model
@@ -50,8 +50,11 @@ def load_averaged(folder: Path) -> tuple[Network, StageConfig, dict[str, Any]]:
 
 
 def checkpoint_to_take(run: Path) -> str:
-    """Word the way out for whoever wants the weights of a run that has finished no stage."""
-    for folder in (run / "checkpoints" / "best", latest_checkpoint(run)):
+    """Word the way out for whoever wants the weights of a run that has finished no stage.
+
+    Raises: CheckpointError if its checkpoints cannot be listed.
+    """
+    for folder in (run / "checkpoints" / BEST, latest_checkpoint(run)):
         if folder is not None and folder.is_dir():
             return f"; take {folder}"
     return "; let sr-train complete one"
