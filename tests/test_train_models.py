@@ -17,6 +17,7 @@ from train.models import BUILDERS, Network, build_model
 from train.models.decoder import ShuffleUp
 from train.models.encoders import RESNET34_FILE
 from train.models.fast_unet import FastUNet, Up
+from train.models.interpolated import enlarge
 from train.models.perceptual_unet import RESNET18_FILE, PerceptualUNet, build_perceptual_unet
 from train.recipe import ModelConfig
 
@@ -150,9 +151,31 @@ def test_a_cell_of_fast_unet_holds_whole_input_pixels() -> None:
             FastUNet(scale, cell=cell)
 
 
-def test_fast_unet_does_not_grow_from_another_cell() -> None:
+def test_fast_unet_does_not_grow_from_another_trunk() -> None:
     assert FastUNet(2, channels=8, cell=2).grow(FastUNet(2, channels=8).state_dict()) is None
     assert FastUNet(2, channels=8).grow(FastUNet(2, channels=8, cell=2).state_dict()) is None
+    assert FastUNet(4, channels=8, cell=12).grow(FastUNet(1, channels=8, cell=2).state_dict()) is None
+
+
+def test_fast_unet_takes_its_trunk_to_another_scale() -> None:
+    """The detail that x2 adds, in pixels of twice the size; and back by means."""
+    torch.manual_seed(1)
+    small, large = FastUNet(2, channels=8, cell=2), FastUNet(4, channels=8)
+    for end in (small.tail.weight, small.tail.bias):
+        assert end is not None
+        nn.init.normal_(end, std=0.1)
+    picture = torch.rand(1, 3, 16, 24)
+    with torch.no_grad():
+        grown = large.grow(small.state_dict())
+        assert grown is not None
+        large.load_state_dict(grown)
+        details = [model(picture, scale) - enlarge(picture, scale) for model, scale in ((small, 2), (large, 4))]
+        assert details[0].abs().max() > 0.1
+        expected = details[0].repeat_interleave(2, 2).repeat_interleave(2, 3)
+        torch.testing.assert_close(details[1], expected, rtol=0, atol=1e-5)  # sums in another order
+    back = small.grow(grown)
+    assert back is not None
+    torch.testing.assert_close(back, dict(small.state_dict()), rtol=0, atol=1e-7)
 
 
 def test_fast_unet_refuses_another_scale() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -101,19 +103,23 @@ class FastUNet(Network):
     def grow(self, weights: dict[str, Tensor]) -> dict[str, Tensor] | None:
         """See Network.grow: for fewer channels or blocks, and another scale.
 
-        The smaller one's channels are the first ones, and read no others. Of another scale it computes what that one
-        made of the picture enlarged by repetition, or reduced by means.
+        The smaller one's channels are the first ones, and read no others. Of another scale and the same cell it
+        computes what that one made of the picture enlarged by repetition, or reduced by means; of another scale and
+        the cell that goes with it, the detail that that one adds to an interpolation, enlarged or reduced alike.
         """
         own = {key: value.clone() for key, value in self.state_dict().items()}
         ends = ("head.weight", "tail.weight")
         if any(key not in weights or weights[key].ndim != own[key].ndim for key in ends):
             return None
+        keeps_input = weights["head.weight"].shape[2:] == own["head.weight"].shape[2:]
         for key, value in own.items():
             old = weights.get(key)
             if old is not None and key == "head.weight":
                 old = _resample(old, value.shape[-1])
-            if old is not None and key.startswith("tail.") and len(old) != len(value):
-                return None  # of another cell
+            if old is not None and key.startswith("tail.") and len(old) != len(value):  # of another cell
+                old = _resample_cell(old, self.cell) if keeps_input else None
+                if old is None:
+                    return None
             if old is None:
                 if ".conv2." not in key:
                     continue  # of a new block, which adds nothing yet
@@ -149,6 +155,24 @@ def _resample(kernel: Tensor, size: int) -> Tensor | None:
         factor = size // old
         return kernel.repeat_interleave(factor, 2).repeat_interleave(factor, 3) / factor**2
     return None
+
+
+def _resample_cell(rows: Tensor, cell: int) -> Tensor | None:
+    """Turn the tail's weight or bias for one cell into that for another; None if neither divides the other.
+
+    rows: (3 * old**2, ...), in the order of PixelShuffle. Returns: (3 * cell**2, ...).
+    """
+    old = math.isqrt(len(rows) // 3)
+    if len(rows) != 3 * old**2:
+        return None
+    grid = rows.view(3, old, old, -1)
+    if cell % old == 0:
+        grid = grid.repeat_interleave(cell // old, 1).repeat_interleave(cell // old, 2)
+    elif old % cell == 0:
+        grid = grid.view(3, cell, old // cell, cell, old // cell, -1).mean((2, 4))
+    else:
+        return None
+    return grid.reshape(-1, *rows.shape[1:])
 
 
 def build_fast_unet(
