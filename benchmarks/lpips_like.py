@@ -7,7 +7,7 @@ fitted on these very SqueezeNet weights is not known, so the figure is never cal
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +17,8 @@ from sdk import SRError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+Distance = Callable[[np.ndarray, np.ndarray], float]
 
 LABEL = "LPIPS-like (SqueezeNet)"
 FEATURES_FILE = "squeezenet1_1_features.fp16.safetensors"
@@ -101,3 +103,16 @@ class LpipsLike:
         import torch.nn.functional as F
 
         return F.conv2d(x, self.state[f"{name}.weight"], self.state[f"{name}.bias"], stride, padding)
+
+
+def load_distance(weights: str | None) -> tuple[Distance | None, str | None]:
+    """Load the distance, or say why there is none.
+
+    Raises: LpipsUnavailable if a folder given by name does not hold the weights.
+    """
+    try:
+        return LpipsLike.load(weights), None
+    except LpipsUnavailable as exc:
+        if weights is not None:
+            raise
+        return None, str(exc)

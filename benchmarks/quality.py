@@ -14,7 +14,7 @@ from PIL import Image
 
 from sdk import Bundle, ImageError, Upscaler
 
-from .lpips_like import LpipsLike, LpipsUnavailable
+from .lpips_like import Distance, load_distance
 from .metrics import WINDOW, colour_drift, grid_excess, luma, psnr, ssim
 from .pictures import BICUBIC, BILINEAR, enlarge, find_pictures, read_picture
 from .result import model_facts, result_head
@@ -30,7 +30,6 @@ PROTOCOL = (
 )
 
 Method = Callable[[np.ndarray], np.ndarray]
-Distance = Callable[[np.ndarray, np.ndarray], float]
 Track = Callable[[Sequence[Path], str], AbstractContextManager[Iterable[Path]]]
 
 
@@ -57,7 +56,7 @@ def run_quality(settings: Settings, *, track: Track = lambda paths, label: nullc
     """
     for folder in settings.folders:
         find_pictures(folder)  # a wrong folder is told before anything is loaded
-    distance, missing = _load_distance(settings.weights)
+    distance, missing = load_distance(settings.weights)
     models: list[dict[str, Any]] = []
     rows: list[dict[str, Any]] = []
     by_scale: dict[int, dict[str, Method]] = {}
@@ -136,16 +135,6 @@ def score(sr: np.ndarray, hr: np.ndarray, *, scale: int, distance: Distance | No
 
 def _means(pictures: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     return {key: float(np.mean([picture[key] for picture in pictures])) for key in pictures[0] if key != "file"}
-
-
-def _load_distance(weights: str | None) -> tuple[LpipsLike | None, str | None]:
-    """Load the perceptual distance, or say why there is none; a folder given by name must do."""
-    try:
-        return LpipsLike.load(weights), None
-    except LpipsUnavailable as exc:
-        if weights is not None:
-            raise
-        return None, str(exc)
 
 
 def _free_name(name: str, taken: Mapping[str, Method]) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .report import measured
+from .report import figure, measured
 from .restoration import COLUMNS as RESTORATION_COLUMNS
 
 ROOT = Path(__file__).parent.parent
@@ -72,26 +72,20 @@ def _quality_at(scale: int, result: dict[str, Any]) -> str:
     lines = []
     for method, sets in sorted(means.items(), key=lambda item: min(each["psnr_y_db"] for each in item[1].values())):
         cost = costs.get(method, {})
-        line = [method, _figure(cost.get("parameters"), ",.0f"), _figure(cost.get("kmac_per_pixel"), ".0f")]
+        line = [method, *(figure(cost.get(key), 0) for key in ("parameters", "kmac_per_pixel"))]
         for dataset in datasets:
             found = sets.get(dataset, {})
-            line += [_figure(found.get(key), form) for key, (_, form) in QUALITY_COLUMNS.items()]
+            line += [figure(found.get(key), decimals) for key, (_, decimals) in QUALITY_COLUMNS.items()]
         for key in ("colour_drift", "grid_db"):  # the worst test set
             found_values = [each[key] for each in sets.values() if key in each]
-            line.append(_figure(max(found_values, default=None), ".2f"))
+            line.append(figure(max(found_values, default=None), 2))
         lines.append(line)
     headings = [f"x{scale}", "parameters", "kMAC/px"]
     headings += [f"{dataset} {heading}" for dataset in datasets for heading, _ in QUALITY_COLUMNS.values()]
     return _table([*headings, "colour drift", "grid dB"], lines)
 
 
-QUALITY_COLUMNS = {
-    "psnr_y_db": ("PSNR-Y", ".2f"), "ssim_y": ("SSIM-Y", ".4f"), "lpips_like": ("LPIPS-like", ".4f")
-}  # fmt: skip
-
-
-def _figure(value: float | None, form: str) -> str:
-    return "" if value is None else format(value, form)
+QUALITY_COLUMNS = {"psnr_y_db": ("PSNR-Y", 2), "ssim_y": ("SSIM-Y", 4), "lpips_like": ("LPIPS-like", 4)}
 
 
 # Heading and decimals of each figure; those that no row has are left out.
@@ -124,12 +118,14 @@ def _runtime(result: dict[str, Any]) -> str:
 
 
 def _restoration(result: dict[str, Any]) -> str:
+    shown = [key for key in RESTORATION_COLUMNS if any(row["means"].get(key) is not None for row in result["rows"])]
+    headings, decimals = zip(*(RESTORATION_COLUMNS[key] for key in shown))
     rows = [
         [f"{row['dataset']} x{row['scale']}", row["task"], row["method"]]
-        + [_figure(row["means"][key], ".2f") for key in RESTORATION_COLUMNS]
+        + [figure(row["means"].get(key), places) for key, places in zip(shown, decimals)]
         for row in result["rows"]
     ]
-    return _table(["test set", "task", "model", *RESTORATION_COLUMNS.values()], rows) + _machine(result)
+    return _table(["test set", "task", "model", *headings], rows) + _machine(result)
 
 
 def _train(result: dict[str, Any]) -> str:

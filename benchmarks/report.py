@@ -49,6 +49,11 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[str]], *, text_column
     )
 
 
+def figure(value: float | None, decimals: int, *, missing: str = "") -> str:
+    """Write a figure that may not be there."""
+    return missing if value is None else f"{value:,.{decimals}f}"
+
+
 def _machine(facts: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
     processors = ", ".join([f"{facts['cpu']} ({facts['usable_cores']} of {facts['cores']} cores)", *facts["gpus"]])

@@ -14,9 +14,10 @@ import numpy as np
 
 from sdk import Bundle, ImageError, SRError, Upscaler
 
+from .lpips_like import LABEL, Distance, load_distance
 from .metrics import colour_drift, psnr
 from .pictures import BICUBIC, enlarge, find_pictures, read_picture
-from .report import table
+from .report import figure, table
 from .result import check_writable, model_facts, result_head, write_json
 
 if TYPE_CHECKING:
@@ -26,18 +27,22 @@ PROTOCOL = (
     "HR is cropped to a multiple of the model's scale, damaged as the task says (train/tasks) and reduced by it; "
     "what is drawn depends on the seed, the task and the file's name alone. Damaged: that picture, enlarged by PIL's "
     "bicubic where the scale is not 1. Results are uint8. PSNR: on RGB, nothing shaved off, at most 100 dB; region: "
-    "over the pixels that holes or text lie on, in pictures that have any. Gain: restored less damaged. Colour drift: "
-    "the largest difference of a channel's mean, in 8-bit code values. Every figure of a set is the mean over its "
-    "pictures."
+    "over the pixels that holes or text lie on, in pictures that have any. Gain: restored less damaged. LPIPS-like "
+    "(SqueezeNet): the LPIPS v0.1 form on whole RGB pictures; not LPIPS, whose SqueezeNet weights may differ. Colour "
+    "drift: the largest difference of a channel's mean, in 8-bit code values. Every figure of a set is the mean over "
+    "its pictures."
 )
+# Heading and decimals of each figure.
 COLUMNS = {
-    "damaged_psnr_db": "damaged dB",
-    "restored_psnr_db": "restored dB",
-    "gain_db": "gain dB",
-    "damaged_region_psnr_db": "region damaged dB",
-    "restored_region_psnr_db": "region restored dB",
-    "region_gain_db": "region gain dB",
-    "colour_drift": "colour drift",
+    "damaged_psnr_db": ("damaged dB", 2),
+    "restored_psnr_db": ("restored dB", 2),
+    "gain_db": ("gain dB", 2),
+    "damaged_region_psnr_db": ("region damaged dB", 2),
+    "restored_region_psnr_db": ("region restored dB", 2),
+    "region_gain_db": ("region gain dB", 2),
+    "damaged_lpips_like": ("damaged LPIPS-like", 4),
+    "restored_lpips_like": ("restored LPIPS-like", 4),
+    "colour_drift": ("colour drift", 2),
 }
 SMALLEST_SIDE = 16  # HR pixels
 
@@ -52,11 +57,13 @@ def measure(
     seed: int = 1,
     backend: str = "auto",
     precision: str = "auto",
+    weights: str | None = None,
     track: Track = lambda paths, label: nullcontext(paths),
 ) -> dict[str, Any]:
     """Score every model at every task on every folder.
 
     models: shipped names or bundle folders, None for the default one. tasks: names, see train.tasks.
+    weights: folder of the perceptual distance; None: SR_WEIGHTS_DIR, and without that the figure is left out.
     track: wraps the pictures of a folder, to show how far it is.
     Returns: the JSON form: facts, and one row for each folder, task and model.
     Raises: SRError for a missing model, a folder without pictures, or a picture that is unreadable or too small;
@@ -65,6 +72,7 @@ def measure(
     configs = {task: task_config(task) for task in tasks}
     for folder in folders:
         find_pictures(folder)  # a wrong folder is told before anything is loaded
+    distance, missing = load_distance(weights)
     facts: list[dict[str, Any]] = []
     rows: list[dict[str, Any]] = []
     with ExitStack() as stack:
@@ -78,19 +86,21 @@ def measure(
             facts.append({"method": name} | model_facts(bundle) | engine)
             for folder in folders:
                 for task, config in configs.items():
-                    head = {
+                    about = {
                         "dataset": folder.resolve().name, "scale": upscaler.scale, "task": task, "method": name
                     }  # fmt: skip
-                    with track(find_pictures(folder), f"{head['dataset']}, {task}, {name}") as paths:
+                    with track(find_pictures(folder), f"{about['dataset']}, {task}, {name}") as paths:
                         pictures = evaluate(
                             paths,
                             restore=upscaler.upscale,
                             scale=upscaler.scale,
                             config=config,
                             entropy=(seed, zlib.crc32(task.encode())),
+                            distance=distance,
                         )
-                    rows.append(head | {"means": means(pictures), "pictures": pictures})
-    return result_head("restoration", protocol=PROTOCOL) | {"seed": seed, "models": facts, "rows": rows}
+                    rows.append(about | {"means": means(pictures), "pictures": pictures})
+    head = result_head("restoration", protocol=PROTOCOL)
+    return head | {"seed": seed, "models": facts, "lpips_like_missing": missing, "rows": rows}
 
 
 def task_config(task: str) -> DegradeConfig:
@@ -111,6 +121,7 @@ def evaluate(
     scale: int,
     config: DegradeConfig,
     entropy: tuple[int, ...],
+    distance: Distance | None = None,
 ) -> list[dict[str, Any]]:
     """Damage and restore pictures, one after the other: the scores of each, with its file's name."""
     from train.degrade import degrade_with_mask
@@ -122,7 +133,7 @@ def evaluate(
         lr, mask = degrade_with_mask(hr, scale=scale, config=config, rng=rng)
         damaged = lr if scale == 1 else enlarge(lr, scale, resample=BICUBIC)
         region = mask.repeat(scale, axis=0).repeat(scale, axis=1)  # (h, w) -> (H, W)
-        scores.append({"file": path.name} | score(restore(lr), damaged, hr, region=region))
+        scores.append({"file": path.name} | score(restore(lr), damaged, hr, region=region, distance=distance))
     return scores
 
 
@@ -133,10 +144,12 @@ def _cut_to_scale(picture: np.ndarray, scale: int, *, name: str) -> np.ndarray:
     return picture[:height, :width]
 
 
-def score(sr: np.ndarray, damaged: np.ndarray, hr: np.ndarray, *, region: np.ndarray) -> dict[str, float | None]:
+def score(
+    sr: np.ndarray, damaged: np.ndarray, hr: np.ndarray, *, region: np.ndarray, distance: Distance | None = None
+) -> dict[str, float | None]:
     """Compare a result and the damaged picture with the original, all (H, W, 3) uint8 RGB.
 
-    region: (H, W) bool, where holes or text lie; the figures of an empty one are None.
+    region: (H, W) bool, where holes or text lie; the figures of an empty one are None, as those of no distance.
     """
     before, after = psnr(damaged, hr), psnr(sr, hr)
     scores: dict[str, float | None] = {
@@ -147,6 +160,8 @@ def score(sr: np.ndarray, damaged: np.ndarray, hr: np.ndarray, *, region: np.nda
         "damaged_region_psnr_db": None,
         "restored_region_psnr_db": None,
         "region_gain_db": None,
+        "damaged_lpips_like": distance(damaged, hr) if distance else None,
+        "restored_lpips_like": distance(sr, hr) if distance else None,
         "colour_drift": colour_drift(sr, hr),
     }
     if region.any():
@@ -167,10 +182,12 @@ def render(result: Mapping[str, Any]) -> str:
     """Turn the result into a table."""
     lines = [
         [f"{row['dataset']} x{row['scale']}", row["task"], row["method"], str(len(row["pictures"]))]
-        + ["-" if row["means"][key] is None else f"{row['means'][key]:.2f}" for key in COLUMNS]
+        + [figure(row["means"][key], decimals, missing="-") for key, (_, decimals) in COLUMNS.items()]
         for row in result["rows"]
     ]
-    return table(["dataset", "task", "method", "pictures", *COLUMNS.values()], lines, text_columns=3)
+    headings = ["dataset", "task", "method", "pictures", *(heading for heading, _ in COLUMNS.values())]
+    notes = [f"no {LABEL}: {result['lpips_like_missing']}"] if result["lpips_like_missing"] else []
+    return "\n\n".join([table(headings, lines, text_columns=3), *notes])
 
 
 @click.command("restoration")
@@ -180,6 +197,7 @@ def render(result: Mapping[str, Any]) -> str:
 @click.option("--seed", type=click.IntRange(min=0), default=1, show_default=True, help="Of the damages.")
 @click.option("--backend", default="auto", show_default=True)
 @click.option("--precision", default="auto", show_default=True)
+@click.option("--weights", help=f"Folder with the weights of {LABEL}. Default: SR_WEIGHTS_DIR.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the result here too.")
 def restoration_command(
     folders: tuple[Path, ...], models: tuple[str, ...], tasks: tuple[str, ...], json_path: Path | None, **options: Any

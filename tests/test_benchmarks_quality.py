@@ -8,6 +8,7 @@ import fake_upscaler
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from given import TEST_SETS, WEIGHTS
 from PIL import Image, ImageFilter
 
 from benchmarks import metrics, quality
@@ -18,8 +19,6 @@ from benchmarks.result import check_writable, write_json
 from sdk import ImageError, OutputError, bundle
 
 ROOT = Path(__file__).parent.parent
-TEST_SETS = Path(os.environ.get("SR_TEST_SETS") or ROOT.parent / "shared" / "data" / "test")
-WEIGHTS = Path(os.environ.get("SR_WEIGHTS_DIR") or ROOT.parent / "shared" / "data" / "weights")
 SHIPPED = bundle.MODELS_DIR / bundle.DEFAULT_MODEL / bundle.MANIFEST
 
 needs_weights = pytest.mark.skipif(

@@ -8,9 +8,11 @@ import fake_upscaler
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from given import WEIGHTS
 from PIL import Image
 
 from benchmarks import metrics, restoration
+from benchmarks.lpips_like import HEADS_FILE
 from benchmarks.pictures import draw_picture, enlarge
 from sdk import ImageError
 from train.degrade import degrade_with_mask
@@ -20,6 +22,7 @@ from train.recipe import DegradeConfig
 
 @pytest.fixture
 def fake_model(monkeypatch):
+    monkeypatch.delenv("SR_WEIGHTS_DIR", raising=False)
     fake_upscaler.install(monkeypatch, restoration, scale=1)
 
 
@@ -58,7 +61,16 @@ def test_without_a_region_its_figures_are_none():
     assert scores["damaged_psnr_db"] == scores["restored_psnr_db"] == metrics.MAX_PSNR_DB and scores["gain_db"] == 0
     assert [key for key, value in scores.items() if value is None] == [
         "damaged_region_psnr_db", "restored_region_psnr_db", "region_gain_db",
+        "damaged_lpips_like", "restored_lpips_like",
     ]  # fmt: skip
+
+
+def test_the_distance_is_of_the_damaged_and_of_the_restored_picture():
+    hr, damaged, sr = (np.full((20, 20, 3), value, np.uint8) for value in (10, 40, 15))
+    region = np.zeros((20, 20), bool)
+    distance = lambda a, b: float(np.abs(a.astype(float) - b).mean())  # noqa: E731
+    scores = restoration.score(sr, damaged, hr, region=region, distance=distance)
+    assert (scores["damaged_lpips_like"], scores["restored_lpips_like"]) == (30, 5)
 
 
 def test_means_leave_out_what_a_picture_does_not_have():
@@ -172,7 +184,20 @@ def test_command_writes_json_and_a_table(fake_model, pictures, tmp_path):
     ]
     assert "region gain dB" in result.stdout and "pictures x1  jpeg     fake #2" in result.stdout
     lines = [line.split() for line in result.stdout.splitlines() if " jpeg " in line]
-    assert lines[0][-4:-1] == ["-", "-", "-"]
+    assert lines[0][-6:-1] == ["-"] * 5 and written["lpips_like_missing"] in result.stdout
+
+
+@pytest.mark.skipif(not (WEIGHTS / HEADS_FILE).is_file(), reason=f"no {HEADS_FILE} in SR_WEIGHTS_DIR")
+def test_command_measures_the_distance(fake_model, pictures):
+    result = run(pictures, "--model", "a", "--task", "jpeg", "--weights", WEIGHTS)
+    assert result.exit_code == 0, result.output
+    damaged, restored = result.stdout.splitlines()[-1].split()[-3:-1]
+    assert damaged == restored and float(damaged) > 0.01
+
+
+def test_command_refuses_weights_that_are_not_there(fake_model, pictures, tmp_path):
+    result = run(pictures, "--model", "a", "--task", "jpeg", "--weights", tmp_path)
+    assert result.exit_code == 1 and "are not both there" in result.stderr
 
 
 @pytest.mark.parametrize("kind", ["missing", "empty", "unreadable", "small"])

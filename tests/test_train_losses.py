@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
 import torch
+from given import WEIGHTS
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -37,9 +37,6 @@ from train.losses import (
     unit_distance,
 )
 from train.recipe import LossConfig
-
-DEFAULT_WEIGHTS = Path(__file__).parent.parent.parent / "shared" / "data" / "weights"
-WEIGHTS = Path(os.environ.get("SR_WEIGHTS_DIR", DEFAULT_WEIGHTS))
 
 
 def flat(value: float, size: int = 32) -> Tensor:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from given import WEIGHTS
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -20,9 +20,6 @@ from train.models.fast_unet import FastUNet, Up
 from train.models.interpolated import enlarge
 from train.models.perceptual_unet import RESNET18_FILE, PerceptualUNet, build_perceptual_unet
 from train.recipe import ModelConfig
-
-DEFAULT_WEIGHTS = Path(__file__).parent.parent.parent / "shared" / "data" / "weights"
-WEIGHTS = Path(os.environ.get("SR_WEIGHTS_DIR", DEFAULT_WEIGHTS))
 
 
 def count(module: nn.Module) -> int:
