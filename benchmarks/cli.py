@@ -15,6 +15,7 @@ from sdk import SRError
 from . import large as large_module
 from . import latency as latency_module
 from . import quality as quality_module
+from . import roofline as roofline_module
 from . import runtime as runtime_module
 from .cores import limit_threads
 from .report import render
@@ -87,6 +88,18 @@ def quality(json_path: Path | None, models: tuple[str, ...], **options: Any) -> 
         return click.progressbar(paths, label=label, file=sys.stderr)
 
     _report(lambda: quality_module.run_quality(settings, track=track), json_path)
+
+
+@main.command()
+@click.option("--model", help="Bundle folder or shipped model. Default: the shipped one.")
+@click.option("--stage", "stages", multiple=True, help="Resolution stage; may be repeated. Default: all.")
+@click.option("--size", "sizes", type=Size(), metavar="HxW", multiple=True, help="LR input. Default: 256x256, 512x512.")
+@click.option("--repeats", type=click.IntRange(1), default=15, show_default=True, help="Timed runs of each engine.")
+@json_option
+def roofline(json_path: Path | None, sizes: tuple[tuple[int, int], ...], **options: Any) -> None:
+    """Hold every engine's time against the processor's measured matrix and copy rates; takes the export extra."""
+    settings = roofline_module.Settings(sizes=sizes or DEFAULT_SIZES, **options)
+    _report(lambda: roofline_module.run_roofline(settings, progress=_tell), json_path)
 
 
 @main.command()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from .lpips_like import LABEL
@@ -20,6 +20,17 @@ LATENCY_COLUMNS = {
     "psnr_to_onnxruntime_fp32_db": "PSNR dB to ORT fp32",
     "peak_memory_mib": "peak MiB",
 }
+ROOFLINE_COLUMNS = {
+    "median_ms": ("median ms", 2),
+    "floor_ms": ("floor ms", 2),
+    "share_of_floor": ("share of floor", 3),
+    "gigaoperations": ("Gop", 2),
+    "reached_gops": ("Gop/s", 0),
+    "matrix_gops": ("matrix Gop/s", 0),
+    "layer_mb": ("layers MB", 1),
+    "copy_gb_per_s": ("copy GB/s", 1),
+    "intensity": ("op/byte", 0),
+}
 # Heading and decimals of each figure.
 QUALITY_COLUMNS = {
     "psnr_y_db": ("PSNR-Y dB", 2),
@@ -32,8 +43,7 @@ QUALITY_COLUMNS = {
 
 def render(result: dict[str, Any]) -> str:
     """Turn the result of any benchmark into text; the machine first."""
-    body = {"latency": _latency, "quality": _quality, "runtime": _runtime}[result["kind"]](result)
-    return "\n\n".join([_machine(result["machine"]), *body])
+    return "\n\n".join([_machine(result["machine"]), *BODIES[result["kind"]](result)])
 
 
 def table(headings: Sequence[str], rows: Sequence[Sequence[str]], *, text_columns: int = 1) -> str:
@@ -47,6 +57,11 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[str]], *, text_column
         ).rstrip()
         for line in lines
     )
+
+
+def size_text(size: Sequence[int]) -> str:
+    """Write (height, width) as the commands take it."""
+    return "x".join(map(str, size))
 
 
 def figure(value: float | None, decimals: int, *, missing: str = "") -> str:
@@ -90,6 +105,17 @@ def _quality(result: dict[str, Any]) -> list[str]:
     return [table(headings, rows, text_columns=2), *notes]
 
 
+def _roofline(result: dict[str, Any]) -> list[str]:
+    rows = [
+        [row["stage"], size_text(row["size"]), row["engine"]]
+        + [figure(row[key], decimals) for key, (_, decimals) in ROOFLINE_COLUMNS.items()]
+        for row in result["rows"]
+    ]
+    headings = ["stage", "LR size", "engine", *(heading for heading, _ in ROOFLINE_COLUMNS.values())]
+    skipped = [f"skipped {item['engine']}, stage {item['stage']}: {item['reason']}" for item in result["skipped"]]
+    return [block for block in (table(headings, rows, text_columns=3), "\n".join(skipped)) if block]
+
+
 def _runtime(result: dict[str, Any]) -> list[str]:
     rows = [[row["part"], row["case"], *measured(row), {None: "", True: "yes", False: "NO"}[row["met"]]]
             for row in result["rows"]]  # fmt: skip
@@ -103,6 +129,11 @@ def _runtime(result: dict[str, Any]) -> list[str]:
     headings = ["figure", "case", "measured", "target", "met"]
     blocks = [info, table(headings, rows, text_columns=2), "\n".join(details), "\n".join(skipped)]
     return [block for block in blocks if block]
+
+
+BODIES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
+    "latency": _latency, "quality": _quality, "roofline": _roofline, "runtime": _runtime,
+}  # fmt: skip
 
 
 def measured(row: dict[str, Any]) -> tuple[str, str]:
