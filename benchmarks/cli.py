@@ -17,6 +17,8 @@ from . import latency as latency_module
 from . import quality as quality_module
 from . import roofline as roofline_module
 from . import runtime as runtime_module
+from . import scaling as scaling_module
+from . import soak as soak_module
 from .cores import limit_threads
 from .report import render
 from .restoration import restoration_command
@@ -114,6 +116,35 @@ def runtime(json_path: Path | None, **options: Any) -> None:
     """Measure the runtime against its bounds: overhead, tiled, many, memory, start; all PARTs by default."""
     settings = runtime_module.Settings(**options)
     _report(lambda: runtime_module.run_runtime(settings, progress=_tell), json_path)
+
+
+@main.command()
+@click.argument("axes", metavar="[AXIS]...", type=click.Choice(list(scaling_module.AXES)), nargs=-1)
+@click.option("--model", help="Bundle folder or shipped model. Default: the shipped one.")
+@click.option("--backend", default="auto", show_default=True)
+@click.option("--device", default="auto", show_default=True)
+@click.option("--precision", default="auto", show_default=True)
+@click.option("--repeats", type=click.IntRange(1), default=7, show_default=True, help="Timed runs of each point.")
+@json_option
+def scaling(json_path: Path | None, **options: Any) -> None:
+    """Time the SDK over pixels, tile, batch and threads, all AXES by default, and fit an exponent to each."""
+    settings = scaling_module.Settings(**options)
+    _report(lambda: scaling_module.run_scaling(settings, progress=_tell), json_path)
+
+
+@main.command()
+@click.option("--minutes", type=click.FloatRange(0, min_open=True), default=60.0, show_default=True)
+@click.option("--clients", type=click.IntRange(1, 256), default=4, show_default=True, help="Threads that ask.")
+@click.option("--seed", type=click.IntRange(min=0), default=1, show_default=True, help="Of what they ask for.")
+@click.option("--model", help="Bundle folder or shipped model. Default: the shipped one.")
+@click.option("--backend", default="auto", show_default=True)
+@click.option("--device", default="auto", show_default=True)
+@click.option("--precision", default="auto", show_default=True)
+@json_option
+def soak(json_path: Path | None, minutes: float, **options: Any) -> None:
+    """Ask one Upscaler for mixed pictures from several threads; tells memory, drift, errors and wrong pixels."""
+    settings = soak_module.Settings(seconds=60 * minutes, **options)
+    _report(lambda: soak_module.run_soak(settings, progress=_tell), json_path)
 
 
 @main.command()

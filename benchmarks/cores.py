@@ -1,4 +1,4 @@
-"""Keep a benchmark to some of the machine's cores."""
+"""The cores that a benchmark may use, and how it is kept to some of them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,11 @@ import os
 from sdk.errors import OptionError
 
 TASKS = "/proc/self/task"
+
+
+def usable_cores() -> int:
+    """Count the cores that this process may use; containers have fewer than the machine."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def limit_threads(count: int) -> None:

@@ -131,8 +131,37 @@ def _runtime(result: dict[str, Any]) -> list[str]:
     return [block for block in blocks if block]
 
 
+def _scaling(result: dict[str, Any]) -> list[str]:
+    rows = [
+        [row["axis"], str(row["value"]), *(figure(row[key], 2) for key in ("median_ms", "min_ms", "max_ms"))]
+        for row in result["rows"]
+    ]
+    fits = [
+        f"{axis}: time ~ {axis} ** {figure(fit['exponent'], 2, missing='?')} (r2 {figure(fit['r2'], 3, missing='?')})"
+        for axis, fit in result["fits"].items()
+    ]
+    skipped = [f"skipped {item['axis']}: {item['reason']}" for item in result["skipped"]]
+    points = [table(["axis", "value", "median ms", "min ms", "max ms"], rows)] if rows else []
+    return [*points, "\n".join([*fits, *skipped])]
+
+
+def _soak(result: dict[str, Any]) -> list[str]:
+    rows = [
+        [row["kind"], *(figure(row[key], 2, missing="-") for key in ("first_ms", "last_ms", "drift"))]
+        for row in result["rows"]
+    ]
+    totals = ", ".join(f"{count} {outcome}" for outcome, count in result["totals"].items())
+    seconds = result["intervals"][-1]["seconds"]
+    about = f"{totals}, in {seconds:.0f} s from {result['clients']} clients"
+    memory = f"growth of resident memory: {figure(result['growth_mib'], 1, missing='not known')} MiB"
+    error = [f"first error: {result['first_error']}"] if result["first_error"] else []
+    headings = ["request", "first quarter ms", "last quarter ms", "drift"]
+    return [table(headings, rows), "\n".join([about, memory, *error])]
+
+
 BODIES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "latency": _latency, "quality": _quality, "roofline": _roofline, "runtime": _runtime,
+    "scaling": _scaling, "soak": _soak,
 }  # fmt: skip
 
 

@@ -24,6 +24,7 @@ from sdk.backends.openvino import HINTS
 from sdk.errors import BackendError, BackendUnavailable
 from sdk.files import Metadata
 
+from .cores import usable_cores
 from .latency import take_turns
 from .memory import own_peak_mib, own_rss_mib, run_fresh
 from .pictures import draw_picture, find_pictures, read_picture
@@ -193,7 +194,7 @@ def _plan(upscaler: Upscaler, size: tuple[int, int]) -> tiling.Plan:
 
 def measure_many(settings: Settings) -> Iterator[Figure]:
     """Compare Upscaler.upscale_files with what its steps cost alone; PROTOCOL has the formula."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = usable_cores()
     with tempfile.TemporaryDirectory() as name:
         sources = write_photographs(settings, Path(name))
         # The first round fills the caches.
