@@ -19,6 +19,7 @@ from . import roofline as roofline_module
 from . import runtime as runtime_module
 from . import scaling as scaling_module
 from . import soak as soak_module
+from .contestants import Setup
 from .cores import limit_threads
 from .report import render
 from .restoration import restoration_command
@@ -62,10 +63,23 @@ main.add_command(train_command)
 @click.option("--threads", type=click.IntRange(1), help="Cores for every contestant. Default: all.")
 @click.option("--picture", type=click.Path(path_type=Path), help="Cut the input from this file. Default: a drawn one.")
 @click.option("--run", type=click.Path(path_type=Path), help="Run of sr-train whose weights PyTorch uses.")
+@click.option("--stage", default="auto", show_default=True, help="Resolution stage of the model.")
+@click.option("--contestant", "contestants", multiple=True, help="Time this one beside bilinear; may be repeated.")
 @json_option
-def latency(json_path: Path | None, sizes: tuple[tuple[int, int], ...], threads: int | None, **options: Any) -> None:
-    """Time the SDK on every engine against bilinear interpolation and, where it is installed, PyTorch."""
-    settings = latency_module.Settings(sizes=sizes or DEFAULT_SIZES, threads=threads, **options)
+def latency(
+    json_path: Path | None,
+    sizes: tuple[tuple[int, int], ...],
+    contestants: tuple[str, ...],
+    repeats: int,
+    picture: Path | None,
+    threads: int | None,
+    **options: Any,
+) -> None:
+    """Time the SDK on every engine against interpolation, plain engines and, where it is installed, PyTorch."""
+    settings = latency_module.Settings(
+        sizes=sizes or DEFAULT_SIZES, repeats=repeats, contestants=contestants, picture=picture,
+        setup=Setup(threads=threads, **options),
+    )  # fmt: skip
 
     def measure() -> dict[str, Any]:
         if threads is not None:

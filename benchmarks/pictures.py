@@ -11,6 +11,7 @@ from sdk import ImageError, files, planes
 
 BILINEAR = Image.Resampling.BILINEAR
 BICUBIC = Image.Resampling.BICUBIC
+LANCZOS = Image.Resampling.LANCZOS
 
 
 def find_pictures(folder: Path) -> list[Path]:

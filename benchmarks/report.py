@@ -11,6 +11,7 @@ LATENCY_COLUMNS = {
     "contestant": "contestant",
     "median_ms": "median ms",
     "p95_ms": "p95 ms",
+    "p99_ms": "p99 ms",
     "min_ms": "min ms",
     "max_ms": "max ms",
     "output_mp_per_s": "output MP/s",

@@ -28,17 +28,17 @@ def result_head(kind: str, *, protocol: str, command: str = "sr-bench") -> dict[
     }
 
 
-def model_facts(bundle: Bundle) -> dict[str, Any]:
+def model_facts(bundle: Bundle, *, stage: str = "auto") -> dict[str, Any]:
     """Say which model was measured; the hash tells apart weights of one name.
 
     What it costs is what the exporter found, None in bundles that were made before it looked.
     """
-    stage = bundle.stage()
+    chosen = bundle.stage(stage)
     return {
         "name": bundle.manifest.name,
         "scale": bundle.manifest.scale,
-        "stage": stage.name,
-        "weights_sha256": stage.weights.sha256,
+        "stage": chosen.name,
+        "weights_sha256": chosen.weights.sha256,
         "parameters": bundle.manifest.training.get("parameters"),
         "kmac_per_pixel": bundle.manifest.training.get("kmac_per_pixel"),
     }

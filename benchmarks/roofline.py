@@ -16,10 +16,11 @@ from sdk.bundle import Stage
 from sdk.errors import BackendError, BundleError
 
 from . import rates
+from .contestants import CONTESTANTS
 from .graph_cost import Layer, count_layers
-from .latency import CONTESTANTS, take_turns
 from .pictures import draw_picture
 from .result import model_facts, result_head
+from .timing import take_turns
 
 PROTOCOL = (
     "Operations: two for each multiplication of a convolution or matrix product of the ONNX graph at that size; all "

@@ -20,15 +20,15 @@ import numpy as np
 import sdk
 from sdk import Bundle, Upscaler, files, tiling
 from sdk.backends import Request, open_backend
-from sdk.backends.openvino import HINTS
 from sdk.errors import BackendError, BackendUnavailable
 from sdk.files import Metadata
 
+from . import plain
 from .cores import usable_cores
-from .latency import take_turns
 from .memory import own_peak_mib, own_rss_mib, run_fresh
 from .pictures import draw_picture, find_pictures, read_picture
 from .result import model_facts, result_head
+from .timing import take_turns
 
 PROTOCOL = (
     "All ratios are of medians of one run. "
@@ -145,20 +145,8 @@ def open_bare(bundle: Bundle, info: dict[str, Any], lr: np.ndarray) -> Callable[
     if info["backend"] != "openvino":
         request = Request(bundle.folder, stage, info["scale"], "uint8", info["device"], info["precision"])
         return functools.partial(open_backend(info["backend"], request).run, batch)
-    core = _core()
-    model = core.read_model(bundle.folder / stage.graph(precision="fp32", ends="uint8").file.name)
-    model.reshape(list(batch.shape))
-    config = {"INFERENCE_PRECISION_HINT": HINTS[info["precision"]], "PERFORMANCE_HINT": "LATENCY"}
-    infer = core.compile_model(model, "CPU", config).create_infer_request().infer
-    return functools.partial(infer, [batch], share_inputs=True, share_outputs=True)
-
-
-@functools.cache
-def _core() -> Any:
-    """Make one Core that lives as long as the process, for the reason that sdk/backends/openvino.py tells."""
-    import openvino
-
-    return openvino.Core()
+    graph = bundle.folder / stage.graph(precision="fp32", ends="uint8").file.name
+    return functools.partial(plain.compile_openvino(graph, batch.shape, precision=info["precision"]), batch)
 
 
 def measure_tiling(settings: Settings) -> Iterator[Figure]:

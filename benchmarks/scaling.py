@@ -14,10 +14,10 @@ from sdk import Bundle, Upscaler
 from sdk.errors import BackendUnavailable
 
 from .cores import has_strays, limit_threads, usable_cores
-from .latency import take_turns
 from .memory import run_fresh
 from .pictures import draw_picture
 from .result import model_facts, result_head
+from .timing import take_turns
 
 PROTOCOL = (
     "Time: of Upscaler.upscale, from array to array, the points of an axis in turns; threads: a process of its own for "

@@ -1,4 +1,4 @@
-"""The bundle's network in eager PyTorch, as a contestant. Needs the `train` extra."""
+"""The bundle's network in PyTorch, eager or compiled, as a contestant. Needs the `train` extra."""
 
 from __future__ import annotations
 
@@ -20,13 +20,15 @@ def describe_weights(run: Path | None) -> str:
 
 
 def open_network(
-    bundle: Bundle, *, run: Path | None, device: str, precision: str
+    bundle: Bundle, *, run: Path | None, device: str, precision: str, compiled: bool = False, stage: str = "auto"
 ) -> Callable[[np.ndarray], np.ndarray]:
     """Build a function (h, w, 3) uint8 -> (h*scale, w*scale, 3) uint8 that does what the deployed graph does.
 
-    run: folder of sr-train that holds the weights of the bundle's last stage; None: random weights.
+    run: folder of sr-train that holds the weights of the bundle's stage; None: random weights.
     precision: "fp32", "fp16": half throughout, or "bf16": autocast; on channels-last tensors.
-    Raises: BackendUnavailable without PyTorch, the device or a usable recipe; OptionError if the run does not fit.
+    compiled: by torch.compile, for each shape that comes.
+    Raises: BackendUnavailable without PyTorch, the device, a usable recipe or what compiles; OptionError if the run
+    does not fit.
     """
     try:
         import torch
@@ -38,8 +40,9 @@ def open_network(
     scale = bundle.manifest.scale
     layout = torch.channels_last
     dtype = torch.float16 if precision == "fp16" else torch.float32
-    network = load_network(bundle, run).to(device, dtype, memory_format=layout).eval()
+    network = load_network(bundle, run, stage=stage).to(device, dtype, memory_format=layout).eval()
     stride = network.stride(scale)
+    forward = torch.compile(network, dynamic=False) if compiled else network
 
     @torch.inference_mode()
     def upscale(lr: np.ndarray) -> np.ndarray:
@@ -48,16 +51,21 @@ def open_network(
         x = F.pad(x, (0, -width % stride, 0, -height % stride), mode="replicate")
         x = x.contiguous(memory_format=layout)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16"):
-            x = network(x, scale)
+            x = forward(x, scale)
         x = (x.float().clamp(0, 1) * 255).round().to(torch.uint8)
         # (1, 3, H, W) -> (H, W, 3), without the padding
         return np.ascontiguousarray(x[0].permute(1, 2, 0).cpu().numpy()[: height * scale, : width * scale])
 
+    if compiled:
+        try:
+            upscale(np.zeros((stride, stride, 3), np.uint8))
+        except Exception as exc:  # of the compiler: there may be none, or it may not know the network
+            raise BackendUnavailable(f"torch.compile failed: {str(exc).strip().splitlines()[0]}") from exc
     return upscale
 
 
-def load_network(bundle: Bundle, run: Path | None) -> Any:
-    """Give the folded network, as it was exported; run as for open_network. Raises: as that."""
+def load_network(bundle: Bundle, run: Path | None, *, stage: str = "auto") -> Any:
+    """Give the folded network, as it was exported; run and stage as for open_network. Raises: as that."""
     try:
         from train.checkpoint import load_checkpoint, stage_folder
         from train.errors import TrainError
@@ -68,7 +76,7 @@ def load_network(bundle: Bundle, run: Path | None) -> Any:
     checkpoint = None
     try:
         if run is not None:
-            checkpoint = load_checkpoint(stage_folder(run, bundle.stage().name))
+            checkpoint = load_checkpoint(stage_folder(run, bundle.stage(stage).name))
         facts = bundle.manifest.training if checkpoint is None else checkpoint.facts
         if "recipe" not in facts:
             raise BackendUnavailable("the bundle does not say which network it holds (training.recipe); give --run")

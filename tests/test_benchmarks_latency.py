@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import os
+import sys
+from contextlib import ExitStack
 from functools import partial
 from types import SimpleNamespace
 
@@ -9,14 +11,15 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from benchmarks import cli, cores, latency, torch_eager
+from benchmarks import cli, contestants, cores, latency, torch_eager
 from benchmarks.cli import main
-from benchmarks.latency import BASELINE, REFERENCE, Contestant, Timing
+from benchmarks.contestants import BASELINE, CONTESTANTS, EAGER, REFERENCE, Contestant, Setup
 from benchmarks.machine import machine_facts
 from benchmarks.memory import measure_peak_mib
 from benchmarks.pictures import draw_picture
 from benchmarks.report import table
 from benchmarks.result import result_head
+from benchmarks.timing import WARM_UPS, Timing, summarise, take_turns
 from sdk import BackendUnavailable, BundleError, OptionError, SRError, bundle
 
 SHIPPED = bundle.MODELS_DIR / bundle.DEFAULT_MODEL / bundle.MANIFEST
@@ -26,7 +29,7 @@ OPENVINO = Contestant("openvino", "cpu", "fp32")
 class FakeUpscaler:
     """ONNX Runtime on the CPU alone, at scale 2."""
 
-    def __init__(self, model=None, *, backend, device, precision):
+    def __init__(self, model=None, *, backend, device, precision, stage):
         if precision == "fp16":
             raise BundleError("no fp16 graph")
         if (backend, device, precision) != ("onnxruntime", "cpu", "fp32"):
@@ -46,28 +49,30 @@ class FakeUpscaler:
 def fake_model(monkeypatch):
     stage = SimpleNamespace(name="96", weights=SimpleNamespace(sha256="0" * 64))
     manifest = SimpleNamespace(name="fake", scale=2, training={"parameters": 7})
-    loaded = SimpleNamespace(manifest=manifest, stage=lambda: stage)
-    monkeypatch.setattr(latency, "Upscaler", FakeUpscaler)
+    loaded = SimpleNamespace(manifest=manifest, stage=lambda name: stage)
+    monkeypatch.setattr(contestants, "Upscaler", FakeUpscaler)
+    monkeypatch.setattr(contestants, "Bundle", SimpleNamespace(load=lambda model: loaded))
     monkeypatch.setattr(latency, "Bundle", SimpleNamespace(load=lambda model: loaded))
     monkeypatch.setattr(latency, "measure_peak_mib", lambda *arguments: 12.34)
-    monkeypatch.setattr(latency, "PAUSE_S", 0)
+    offered = tuple(each for each in CONTESTANTS if each.engine in ("bilinear", "onnxruntime", "openvino"))
+    monkeypatch.setattr(contestants, "CONTESTANTS", offered)
 
 
 def test_summarise_known_samples():
     samples = np.random.default_rng(0).permutation(np.arange(1.0, 102.0))
-    assert latency.summarise(samples) == Timing(median_ms=51, p95_ms=96, min_ms=1, max_ms=101)
+    assert summarise(samples) == Timing(median_ms=51, p95_ms=96, p99_ms=100, min_ms=1, max_ms=101)
 
 
 def test_summarise_one_sample():
-    assert latency.summarise([7.5]) == Timing(7.5, 7.5, 7.5, 7.5)
+    assert summarise([7.5]) == Timing(7.5, 7.5, 7.5, 7.5, 7.5)
 
 
 def test_rows_hold_throughput_and_ratios():
     timings = {
-        BASELINE: Timing(2, 2, 2, 2),
-        REFERENCE: Timing(40, 50, 30, 60),
-        OPENVINO: Timing(10, 11, 9, 12),
-        latency.EAGER: Timing(80, 80, 80, 80),
+        BASELINE: Timing(2, 2, 2, 2, 2),
+        REFERENCE: Timing(40, 50, 55, 30, 60),
+        OPENVINO: Timing(10, 11, 11.5, 9, 12),
+        EAGER: Timing(80, 80, 80, 80, 80),
     }
     rows = latency.make_rows(timings, dict.fromkeys(timings, 100.04), {OPENVINO: 52.567}, size=(250, 500), scale=2)
     assert rows[2] == {
@@ -78,6 +83,7 @@ def test_rows_hold_throughput_and_ratios():
         "precision": "fp32",
         "median_ms": 10,
         "p95_ms": 11,
+        "p99_ms": 11.5,
         "min_ms": 9,
         "max_ms": 12,
         "output_mp_per_s": 50,
@@ -91,23 +97,68 @@ def test_rows_hold_throughput_and_ratios():
 
 
 def test_rows_without_the_reference_have_no_speedup():
-    timings = {BASELINE: Timing(2, 2, 2, 2), OPENVINO: Timing(10, 11, 9, 12)}
+    timings = {BASELINE: Timing(2, 2, 2, 2, 2), OPENVINO: Timing(10, 11, 12, 9, 12)}
     rows = latency.make_rows(timings, dict.fromkeys(timings, 1.0), {}, size=(16, 16), scale=2)
     for key in ("speedup_over_onnxruntime_fp32", "speedup_over_pytorch_fp32", "psnr_to_onnxruntime_fp32_db"):
         assert [row[key] for row in rows] == [None, None]
 
 
 def test_contestants_have_distinct_names():
-    names = [contestant.name for contestant in latency.CONTESTANTS]
+    names = [contestant.name for contestant in CONTESTANTS]
     assert len(set(names)) == len(names)
-    assert names[:4] == ["bilinear", "onnxruntime fp32", "openvino fp32", "openvino bf16"]
+    assert names[0] == "bilinear" and {"onnxruntime fp32", "openvino bf16", "pytorch compiled bf16"} <= set(names)
+
+
+def test_contestants_are_chosen_by_name_beside_the_baseline():
+    assert contestants.choose(()) == CONTESTANTS
+    assert contestants.choose(("openvino bf16", "lanczos")) == (
+        BASELINE, Contestant("lanczos", "cpu", "uint8"), Contestant("openvino", "cpu", "bf16"),
+    )  # fmt: skip
+    result = CliRunner().invoke(main, ["latency", "--contestant", "opencv"])
+    assert result.exit_code == 1 and "no contestant is called 'opencv'; there are bilinear, bicubic" in result.stderr
+
+
+@pytest.mark.parametrize("name", ["bicubic", "lanczos", "opencv bilinear", "opencv lanczos"])
+def test_interpolations_keep_a_ramp(name):
+    if name.startswith("opencv"):
+        pytest.importorskip("cv2")
+    ramp = np.arange(0, 200, 4, np.uint8)[None, :, None].repeat(30, axis=0).repeat(3, axis=2)
+    (contestant,) = (each for each in CONTESTANTS if each.name == name)
+    with ExitStack() as stack:
+        result = contestants.open_contestant(contestant, Setup(model="fast-x2"), stack)(ramp)
+    assert result.shape == (60, 100, 3) and result.dtype == np.uint8
+    inner = result[20:40, 20:80].astype(int)
+    assert np.abs(np.diff(inner, axis=1) - 2).max() <= 1 and not np.ptp(inner, axis=0).any()
+
+
+def test_without_opencv_it_is_skipped(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    with pytest.raises(BackendUnavailable, match="OpenCV is not installed"), ExitStack() as stack:
+        contestants.open_contestant(Contestant("opencv bicubic", "cpu", "uint8"), Setup(), stack)
+
+
+@pytest.mark.parametrize(("engine", "precision"), [("onnxruntime", "fp32"), ("openvino", "fp32"), ("openvino", "bf16")])
+def test_a_plain_engine_gives_the_pixels_of_the_sdk(engine, precision):
+    picture = draw_picture((45, 70))
+    results = []
+    with ExitStack() as stack:
+        for name in (engine, f"plain {engine}"):
+            try:
+                run = contestants.open_contestant(Contestant(name, "cpu", precision), Setup(model="fast-x2"), stack)
+            except BackendUnavailable as exc:
+                pytest.skip(str(exc))
+            results.append(run(picture).astype(int))
+    assert results[0].shape == (90, 140, 3)
+    # Padded in another way, so the last pixels before the padding see something else.
+    inner = [result[:40, :40] for result in results]
+    assert np.abs(inner[0] - inner[1]).max() <= (1 if precision == "fp32" else 3)
 
 
 def test_turns_are_interleaved():
     calls = []
     runners = {contestant: partial(calls.append, contestant.name) for contestant in (BASELINE, REFERENCE)}
-    samples = latency.take_turns(runners, repeats=3, pause_s=0)
-    warm_up = ["bilinear"] * latency.WARM_UPS + ["onnxruntime fp32"] * latency.WARM_UPS
+    samples = take_turns(runners, repeats=3, pause_s=0)
+    warm_up = ["bilinear"] * WARM_UPS + ["onnxruntime fp32"] * WARM_UPS
     assert calls == warm_up + (["bilinear"] * 2 + ["onnxruntime fp32"] * 2) * 3
     assert [len(times_ms) for times_ms in samples.values()] == [3, 3]
 
@@ -116,7 +167,7 @@ def test_results_are_compared_with_the_reference():
     def runner(value):
         return lambda lr: np.full_like(lr, value)
 
-    runners = {BASELINE: runner(0), REFERENCE: runner(10), OPENVINO: runner(15), latency.EAGER: runner(200)}
+    runners = {BASELINE: runner(0), REFERENCE: runner(10), OPENVINO: runner(15), EAGER: runner(200)}
     found = latency.compare_results(runners, draw_picture((16, 16)))
     assert found == {OPENVINO: pytest.approx(10 * np.log10(255**2 / 25), abs=1e-9)}
     del runners[REFERENCE]
@@ -221,7 +272,7 @@ def test_cli_limits_threads_before_it_measures(monkeypatch):
     monkeypatch.setattr(cli, "limit_threads", lambda count: calls.append(count))
 
     def run_latency(settings, *, progress):
-        calls.append(settings.threads)
+        calls.append(settings.setup.threads)
         raise SRError("enough")
 
     monkeypatch.setattr(latency, "run_latency", run_latency)
@@ -230,9 +281,9 @@ def test_cli_limits_threads_before_it_measures(monkeypatch):
 
 
 def test_engines_that_leave_their_cores_are_skipped(fake_model, monkeypatch):
-    monkeypatch.setattr(latency, "has_strays", lambda: True)
+    monkeypatch.setattr(contestants, "has_strays", lambda: True)
     monkeypatch.setattr(FakeUpscaler, "close", lambda self: None, raising=False)
-    result = latency.run_latency(latency.Settings(sizes=((16, 16),), repeats=1, threads=1))
+    result = latency.run_latency(latency.Settings(sizes=((16, 16),), repeats=1, setup=Setup(threads=1)))
     reasons = {item["contestant"]: item["reason"] for item in result["skipped"]}
     assert "does not keep to the cores" in reasons["onnxruntime fp32"]
     assert result["rows"][0]["speedup_over_onnxruntime_fp32"] is None
@@ -253,16 +304,30 @@ def network_bundle():
     model = {"name": "fast", "scales": [2], "options": {"channels": 4, "blocks": [1, 1, 1]}}
     stage = SimpleNamespace(name="96")
     manifest = SimpleNamespace(scale=2, training={"recipe": {"model": model}})
-    return SimpleNamespace(manifest=manifest, stage=lambda: stage)
+    return SimpleNamespace(manifest=manifest, stage=lambda name: stage)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_torch_network_enlarges_any_size(precision):
+@pytest.mark.parametrize(("precision", "compiled"), [("fp32", False), ("bf16", False), ("bf16", True)])
+def test_torch_network_enlarges_any_size(precision, compiled):
     pytest.importorskip("torch")
-    upscale = torch_eager.open_network(network_bundle(), run=None, device="cpu", precision=precision)
+    upscale = torch_eager.open_network(network_bundle(), run=None, device="cpu", precision=precision, compiled=compiled)
     flat = np.full((37, 50, 3), 130, np.uint8)
     # An untrained fast U-Net interpolates: a flat picture stays flat.
     assert np.array_equal(upscale(flat), np.full((74, 100, 3), 130, np.uint8))
+
+
+def test_a_compiler_that_fails_is_one_line(monkeypatch):
+    torch = pytest.importorskip("torch")
+
+    def compile(network, **options):
+        def fail(*inputs):
+            raise RuntimeError("no C++ compiler\nsecond line")
+
+        return fail
+
+    monkeypatch.setattr(torch, "compile", compile)
+    with pytest.raises(BackendUnavailable, match=r"^torch.compile failed: no C\+\+ compiler$"):
+        torch_eager.open_network(network_bundle(), run=None, device="cpu", precision="bf16", compiled=True)
 
 
 def test_torch_network_with_batch_norm_is_folded():
@@ -306,7 +371,12 @@ def test_torch_network_needs_a_recipe():
 @pytest.mark.skipif(not SHIPPED.is_file(), reason="sdk/models/fast-x2 is not there")
 def test_shipped_model_is_timed_on_every_engine():
     pytest.importorskip("onnxruntime")
-    result = latency.run_latency(latency.Settings(sizes=((32, 48),), repeats=1))
-    assert {"bilinear", "onnxruntime fp32"} <= {row["contestant"] for row in result["rows"]}
-    assert len(result["rows"]) + len(result["skipped"]) == len(latency.CONTESTANTS)
+    chosen = tuple(each.name for each in CONTESTANTS if "compiled" not in each.name)  # its compiler takes long
+    result = latency.run_latency(latency.Settings(sizes=((32, 48),), repeats=1, contestants=chosen))
+    names = {row["contestant"] for row in result["rows"]}
+    assert {"bilinear", "lanczos", "onnxruntime fp32", "plain onnxruntime fp32"} <= names
+    assert len(result["rows"]) + len(result["skipped"]) == len(chosen)
+    # The same graph on the same engine: what the SDK adds does not touch the pixels.
+    psnr_db = {row["contestant"]: row["psnr_to_onnxruntime_fp32_db"] for row in result["rows"]}
+    assert psnr_db["plain onnxruntime fp32"] > 90
     assert all(row["median_ms"] > 0 and row["peak_memory_mib"] > 10 for row in result["rows"])

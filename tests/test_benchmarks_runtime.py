@@ -8,7 +8,7 @@ from bundles import shared
 from click.testing import CliRunner
 from PIL import Image
 
-from benchmarks import latency, memory, readme, runtime
+from benchmarks import memory, readme, runtime
 from benchmarks.cli import main
 from benchmarks.large import run_large
 from benchmarks.pictures import draw_picture, read_picture
@@ -31,8 +31,7 @@ TINY = {
 
 
 @pytest.fixture(autouse=True)
-def no_pause(monkeypatch, tmp_path):
-    monkeypatch.setattr(latency, "PAUSE_S", 0)
+def own_cache(monkeypatch, tmp_path):
     monkeypatch.setenv("SR_CACHE_DIR", str(tmp_path / "cache"))
 
 

@@ -1,0 +1,144 @@
+"""What the SDK is timed beside: interpolation, and the same network run by other means."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from sdk import Bundle, Upscaler
+from sdk.backends import MODULES
+from sdk.errors import BackendUnavailable, OptionError
+
+from . import plain, torch_eager
+from .cores import has_strays
+from .pictures import BICUBIC, BILINEAR, LANCZOS, enlarge
+
+Runner = Callable[[np.ndarray], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """engine: a backend of the SDK, or one of OTHERS."""
+
+    engine: str
+    device: str
+    precision: str
+
+    @property
+    def name(self) -> str:
+        parts = (self.engine, "" if self.precision == "uint8" else self.precision, self.device.replace("cpu", ""))
+        return " ".join(filter(None, parts))
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What all of them run. run: folder of the weights that PyTorch uses; threads: cores the process is limited to."""
+
+    model: str | None = None
+    stage: str = "auto"
+    run: Path | None = None
+    threads: int | None = None
+
+
+BASELINE = Contestant("bilinear", "cpu", "uint8")
+REFERENCE = Contestant("onnxruntime", "cpu", "fp32")
+EAGER = Contestant("pytorch", "cpu", "fp32")
+CONTESTANTS = (
+    BASELINE,
+    Contestant("bicubic", "cpu", "uint8"),
+    Contestant("lanczos", "cpu", "uint8"),
+    Contestant("opencv bilinear", "cpu", "uint8"),
+    Contestant("opencv bicubic", "cpu", "uint8"),
+    Contestant("opencv lanczos", "cpu", "uint8"),
+    REFERENCE,
+    Contestant("openvino", "cpu", "fp32"),
+    Contestant("openvino", "cpu", "bf16"),
+    Contestant("tensorrt", "cuda:0", "fp32"),
+    Contestant("tensorrt", "cuda:0", "fp16"),
+    Contestant("onnxruntime", "cuda:0", "fp32"),
+    Contestant("onnxruntime", "cuda:0", "fp16"),
+    Contestant("plain onnxruntime", "cpu", "fp32"),
+    Contestant("plain openvino", "cpu", "fp32"),
+    Contestant("plain openvino", "cpu", "bf16"),
+    EAGER,
+    Contestant("pytorch", "cpu", "bf16"),
+    Contestant("pytorch compiled", "cpu", "bf16"),
+    Contestant("pytorch", "cuda:0", "fp32"),
+    Contestant("pytorch", "cuda:0", "fp16"),
+    Contestant("pytorch", "cuda:0", "bf16"),
+    Contestant("pytorch compiled", "cuda:0", "fp16"),
+)
+
+
+def choose(names: tuple[str, ...]) -> tuple[Contestant, ...]:
+    """Give the contestants of those names, and the baseline; all of them for no names.
+
+    Raises: OptionError for a name that none has.
+    """
+    known = {contestant.name: contestant for contestant in CONTESTANTS}
+    if wrong := [name for name in names if name not in known]:
+        raise OptionError(f"no contestant is called {wrong[0]!r}; there are {', '.join(known)}")
+    return tuple(each for each in CONTESTANTS if not names or each.name in names or each == BASELINE)
+
+
+def open_contestant(contestant: Contestant, setup: Setup, stack: ExitStack) -> Runner:
+    """Make (h, w, 3) uint8 -> (h*scale, w*scale, 3) uint8 ready; `stack` closes it.
+
+    Raises: BackendUnavailable if it cannot run here, another SRError for a model or run that is not right.
+    """
+    if contestant.engine not in MODULES:
+        return OTHERS[contestant.engine](contestant, setup)
+    upscaler = Upscaler(
+        setup.model, backend=contestant.engine, device=contestant.device, precision=contestant.precision,
+        stage=setup.stage,
+    )  # fmt: skip
+    if setup.threads is not None and contestant.device == "cpu" and has_strays():
+        upscaler.close()
+        raise BackendUnavailable(f"{contestant.engine} does not keep to the cores that --threads gives it")
+    return stack.enter_context(upscaler).upscale
+
+
+def _pillow(contestant: Contestant, setup: Setup) -> Runner:
+    resample = {"bilinear": BILINEAR, "bicubic": BICUBIC, "lanczos": LANCZOS}[contestant.engine]
+    return partial(enlarge, scale=Bundle.load(setup.model).manifest.scale, resample=resample)
+
+
+def _opencv(contestant: Contestant, setup: Setup) -> Runner:
+    try:
+        import cv2
+    except ImportError as exc:
+        raise BackendUnavailable("OpenCV is not installed; install sr-sdk[peers]") from exc
+    kernels = {
+        "opencv bilinear": cv2.INTER_LINEAR, "opencv bicubic": cv2.INTER_CUBIC, "opencv lanczos": cv2.INTER_LANCZOS4
+    }  # fmt: skip
+    kernel, scale = kernels[contestant.engine], Bundle.load(setup.model).manifest.scale
+    return lambda lr: np.asarray(cv2.resize(lr, None, fx=scale, fy=scale, interpolation=kernel))
+
+
+def _plain_onnxruntime(contestant: Contestant, setup: Setup) -> Runner:
+    return plain.open_onnxruntime(Bundle.load(setup.model), stage=setup.stage)
+
+
+def _plain_openvino(contestant: Contestant, setup: Setup) -> Runner:
+    return plain.open_openvino(Bundle.load(setup.model), precision=contestant.precision, stage=setup.stage)
+
+
+def _pytorch(contestant: Contestant, setup: Setup) -> Runner:
+    return torch_eager.open_network(
+        Bundle.load(setup.model), run=setup.run, device=contestant.device, precision=contestant.precision,
+        compiled=contestant.engine == "pytorch compiled", stage=setup.stage,
+    )  # fmt: skip
+
+
+OTHERS: dict[str, Callable[[Contestant, Setup], Runner]] = {
+    **dict.fromkeys(("bilinear", "bicubic", "lanczos"), _pillow),
+    **dict.fromkeys(("opencv bilinear", "opencv bicubic", "opencv lanczos"), _opencv),
+    "plain onnxruntime": _plain_onnxruntime,
+    "plain openvino": _plain_openvino,
+    **dict.fromkeys(("pytorch", "pytorch compiled"), _pytorch),
+}
