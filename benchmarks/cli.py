@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
-from sdk import SRError
+from sdk import OptionError, SRError
 
 from . import large as large_module
 from . import latency as latency_module
+from . import page as page_module
 from . import quality as quality_module
 from . import roofline as roofline_module
 from . import runtime as runtime_module
@@ -169,6 +171,21 @@ def soak(json_path: Path | None, minutes: float, **options: Any) -> None:
 def large(json_path: Path | None, side: int, suffix: str, model: str | None) -> None:
     """Enlarge a file that is streamed in bands; peak memory and time. Takes disk space: TMPDIR says where."""
     _report(lambda: large_module.run_large(model, side=side, suffix=suffix, progress=_tell), json_path)
+
+
+@main.command()
+@click.argument("files", metavar="JSON...", type=click.Path(path_type=Path), nargs=-1, required=True)
+@click.option("--out", type=click.Path(path_type=Path), default=Path("report"), show_default=True, help="Folder.")
+def report(files: tuple[Path, ...], out: Path) -> None:
+    """Make one HTML page of results, which opens offline, and a PNG of each plot; takes the train extra."""
+    try:
+        named = [(path.stem, page_module.read_result(path)) for path in files]
+        if twice := [name for name, count in Counter(name for name, _ in named).items() if count > 1]:
+            raise OptionError(f"{twice[0]}: two results of one name; rename one of the files")
+        page, *pictures = page_module.write_page(named, out)
+    except SRError as exc:
+        raise click.ClickException(str(exc)) from exc
+    click.echo(f"{page}, and {len(pictures)} plots beside it")
 
 
 def _tell(news: str) -> None:

@@ -14,6 +14,7 @@ from benchmarks.large import run_large
 from benchmarks.pictures import draw_picture, read_picture
 from benchmarks.report import measured, render
 from benchmarks.runtime import PARTS, Figure, Settings, run_runtime
+from benchmarks.tables import tables_of
 from sdk import BackendError, BackendUnavailable, Bundle, ImageError, Upscaler
 
 pytest.importorskip("onnxruntime")
@@ -215,7 +216,8 @@ def test_a_latency_table_shows_the_columns_that_were_measured():
     }
     machine = {"cpu": "a processor", "usable_cores": 2, "gpus": [], "versions": {}}
     result = {"model": {"scale": 2}, "machine": machine, "command": "sr-bench latency"}
-    old = readme._latency(result | {"rows": [row]})
-    assert old.splitlines()[2] == "| 3x2 -> 6x4 | openvino bf16 | 1.0 | 2.0 | 3.0 | 4.0 | - | 5 |"
+    (old,) = tables_of({"kind": "latency"} | result | {"rows": [row]})
+    assert old.rows == [["3x2 -> 6x4", "openvino bf16", "1.0", "2.0", "3.0", "4.0", "-", "5"]]
     new = row | {"speedup_over_pytorch_fp32": 8.125, "psnr_to_onnxruntime_fp32_db": 52.57}
-    assert "| 4.0 | - | 8.12 | 52.6 | 5 |" in readme._latency(result | {"rows": [new]})
+    (table,) = tables_of({"kind": "latency"} | result | {"rows": [new]})
+    assert table.rows[0][-5:] == ["4.0", "-", "8.12", "52.6", "5"]

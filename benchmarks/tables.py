@@ -1,0 +1,174 @@
+"""Tables for people, made from the JSON form of any result; the README and the page show the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .report import ROOFLINE_COLUMNS, figure, measured, size_text
+from .restoration import COLUMNS as RESTORATION_COLUMNS
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells in words; the first column names the rows. A cell between asterisks is not ours."""
+
+    headings: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+def tables_of(result: dict[str, Any]) -> list[Table]:
+    """Give the tables of a result. Raises: KeyError for a kind that none is made of."""
+    return TABLES[result["kind"]](result)
+
+
+# PSNR-Y in dB as published, by scale, method and test set; collected in the papers of EDSR and SwinIR.
+PUBLISHED = {
+    2: {
+        "SRCNN": {"Set5": 36.66, "Set14": 32.42, "BSD100": 31.36},
+        "FSRCNN": {"Set5": 37.00, "Set14": 32.63, "BSD100": 31.53},
+        "VDSR": {"Set5": 37.53, "Set14": 33.03, "BSD100": 31.90},
+        "EDSR": {"Set5": 38.11, "Set14": 33.92, "BSD100": 32.32},
+        "SwinIR": {"Set5": 38.42, "Set14": 34.46, "BSD100": 32.53},
+    },
+    4: {
+        "SRCNN": {"Set5": 30.48, "Set14": 27.50, "BSD100": 26.90},
+        "FSRCNN": {"Set5": 30.72, "Set14": 27.61, "BSD100": 26.98},
+        "VDSR": {"Set5": 31.35, "Set14": 28.01, "BSD100": 27.29},
+        "EDSR": {"Set5": 32.46, "Set14": 28.80, "BSD100": 27.71},
+        "SwinIR": {"Set5": 32.92, "Set14": 29.09, "BSD100": 27.92},
+    },
+}
+
+
+def _quality(result: dict[str, Any]) -> list[Table]:
+    return [_quality_at(scale, result) for scale in dict.fromkeys(row["scale"] for row in result["rows"])]
+
+
+def _quality_at(scale: int, result: dict[str, Any]) -> Table:
+    """Table of one scale: a row for each method, the nearest to the originals last; published ones have their PSNR."""
+    rows = [row for row in result["rows"] if row["scale"] == scale]
+    datasets = list(dict.fromkeys(row["dataset"] for row in rows))
+    costs = {model["method"]: model for model in result["models"]}
+    means: dict[str, dict[str, dict[str, float]]] = {
+        f"*{name}*": {dataset: {"psnr_y_db": figures[dataset]} for dataset in datasets if dataset in figures}
+        for name, figures in PUBLISHED.get(scale, {}).items()
+    }
+    for row in rows:
+        means.setdefault(row["method"], {})[row["dataset"]] = row["means"]
+    lines = []
+    for method, sets in sorted(means.items(), key=lambda item: min(each["psnr_y_db"] for each in item[1].values())):
+        cost = costs.get(method, {})
+        line = [method, *(figure(cost.get(key), 0) for key in ("parameters", "kmac_per_pixel"))]
+        for dataset in datasets:
+            found = sets.get(dataset, {})
+            line += [figure(found.get(key), decimals) for key, (_, decimals) in QUALITY_COLUMNS.items()]
+        for key in ("colour_drift", "grid_db"):  # the worst test set
+            found_values = [each[key] for each in sets.values() if key in each]
+            line.append(figure(max(found_values, default=None), 2))
+        lines.append(line)
+    headings = [f"x{scale}", "parameters", "kMAC/px"]
+    headings += [f"{dataset} {heading}" for dataset in datasets for heading, _ in QUALITY_COLUMNS.values()]
+    return Table([*headings, "colour drift", "grid dB"], lines)
+
+
+QUALITY_COLUMNS = {"psnr_y_db": ("PSNR-Y", 2), "ssim_y": ("SSIM-Y", 4), "lpips_like": ("LPIPS-like", 4)}
+
+
+# Heading and decimals of each figure; those that no row has are left out.
+LATENCY_COLUMNS = {
+    "median_ms": ("median ms", 1),
+    "p95_ms": ("p95 ms", 1),
+    "output_mp_per_s": ("output MP/s", 1),
+    "times_bilinear": ("x bilinear", 1),
+    "speedup_over_onnxruntime_fp32": ("x ORT fp32", 2),
+    "speedup_over_pytorch_fp32": ("x PyTorch fp32", 2),
+    "psnr_to_onnxruntime_fp32_db": ("dB to ORT fp32", 1),
+    "peak_memory_mib": ("peak MiB", 0),
+}
+
+
+def _latency(result: dict[str, Any]) -> list[Table]:
+    scale = result["model"]["scale"]
+    columns = {key: LATENCY_COLUMNS[key] for key in LATENCY_COLUMNS if any(key in row for row in result["rows"])}
+    rows = []
+    for row in result["rows"]:
+        height, width = row["size"]
+        cells = ["-" if row[key] is None else f"{row[key]:.{decimals}f}" for key, (_, decimals) in columns.items()]
+        rows.append([f"{width}x{height} -> {width * scale}x{height * scale}", row["contestant"], *cells])
+    return [Table(["size", "contestant", *(heading for heading, _ in columns.values())], rows)]
+
+
+def _runtime(result: dict[str, Any]) -> list[Table]:
+    rows = [[row["part"], row["case"], *measured(row)] for row in result["rows"]]
+    return [Table(["figure", "case", "measured", "target"], rows)]
+
+
+def _restoration(result: dict[str, Any]) -> list[Table]:
+    shown = [key for key in RESTORATION_COLUMNS if any(row["means"].get(key) is not None for row in result["rows"])]
+    headings, decimals = zip(*(RESTORATION_COLUMNS[key] for key in shown))
+    rows = [
+        [f"{row['dataset']} x{row['scale']}", row["task"], row["method"]]
+        + [figure(row["means"].get(key), places) for key, places in zip(shown, decimals)]
+        for row in result["rows"]
+    ]
+    return [Table(["test set", "task", "model", *headings], rows)]
+
+
+def _train(result: dict[str, Any]) -> list[Table]:
+    rows = []
+    for row in result["rows"]:
+        cells = [f"{row[f'{part}_images_per_s']['median']:.1f}" for part in ("loop", "step", "forward_backward")]
+        shares = [row[f"share_of_{part}"] for part in ("step", "forward_backward")]
+        cells += ["{median:.2f} ({min:.2f} to {max:.2f})".format(**share) for share in shares]
+        rows.append([f"{result['recipe']}, {row['batch']} of {row['size']}x{row['size']}", *cells])
+    headings = ["recipe, batch", "images/s", "step alone", "forward and backward alone", "share of step"]
+    return [Table([*headings, "share of forward and backward"], rows)]
+
+
+def _roofline(result: dict[str, Any]) -> list[Table]:
+    rows = [
+        [row["stage"], size_text(row["size"]), row["engine"]]
+        + [figure(row[key], decimals) for key, (_, decimals) in ROOFLINE_COLUMNS.items()]
+        for row in result["rows"]
+    ]
+    return [Table(["stage", "LR size", "engine", *(heading for heading, _ in ROOFLINE_COLUMNS.values())], rows)]
+
+
+def _scaling(result: dict[str, Any]) -> list[Table]:
+    rows = []
+    for axis, fit in result["fits"].items():
+        points = [row for row in result["rows"] if row["axis"] == axis]
+        ends = [f"{row['value']}: {row['median_ms']:.1f} ms" for row in (points[0], points[-1])]
+        rows.append([axis, *ends, figure(fit["exponent"], 2), figure(fit["r2"], 3)])
+    return [Table(["axis", "first point", "last point", "exponent", "r2"], rows)]
+
+
+def _soak(result: dict[str, Any]) -> list[Table]:
+    rows = [[row["kind"], *(figure(row[key], 2) for key in ("first_ms", "last_ms", "drift"))] for row in result["rows"]]
+    totals = [str(result["totals"][key]) for key in ("right", "refused", "wrong", "error")]
+    seconds = result["intervals"][-1]["seconds"]
+    about = [[f"{seconds / 60:.0f} min, {result['clients']} clients", *totals, figure(result["growth_mib"], 1)]]
+    return [
+        Table(["soak", "right", "refused", "wrong", "errors", "growth MiB"], about),
+        Table(["request", "first quarter ms", "last quarter ms", "drift"], rows),
+    ]
+
+
+TABLES: dict[str, Callable[[dict[str, Any]], list[Table]]] = {
+    "quality": _quality, "latency": _latency, "runtime": _runtime, "restoration": _restoration, "train": _train,
+    "roofline": _roofline, "scaling": _scaling, "soak": _soak,
+}  # fmt: skip
+
+
+def provenance(result: dict[str, Any]) -> str:
+    """Say on what machine and by what command a result was made."""
+    facts = result["machine"]
+    versions = ", ".join(
+        f"{name} {facts['versions'][name]}"
+        for name in ("onnxruntime", "openvino", "torch")
+        if name in facts["versions"]
+    )
+    gpus = ", ".join(facts["gpus"]) or "no GPU"
+    return f"{facts['cpu']}, {facts['usable_cores']} cores, {gpus}; {versions}. Made by `{result['command']}`."
