@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 from collections import Counter
@@ -159,6 +160,8 @@ def scaling(json_path: Path | None, **options: Any) -> None:
 @json_option
 def soak(json_path: Path | None, minutes: float, **options: Any) -> None:
     """Ask one Upscaler for mixed pictures from several threads; tells memory, drift, errors and wrong pixels."""
+    if not math.isfinite(minutes):
+        raise click.UsageError(f"--minutes {minutes}: give a number")
     settings = soak_module.Settings(seconds=60 * minutes, **options)
     _report(lambda: soak_module.run_soak(settings, progress=_tell), json_path)
 

@@ -29,9 +29,9 @@ train perceptual-unet $clean --init "$out/unet-mse" --set "$(stage 4 2e-4)" \
     --set loss.feature_net=vgg19_normalised --set 'loss.feature_layers=["relu1_2","relu2_2","relu3_1"]' \
     --set 'loss.feature_weights=[1.0,1.0,1.0]' --set loss.feature_weight=0.1 --set loss.style_weight=20.0
 train unet-gan $clean --set 'stages=[{name="64",size=64,batch=8,phases=[
-    {name="content",epochs=10.0,learning_rate=1e-3},
-    {name="critic",kind="critic",epochs=4.0,learning_rate=5e-4},
-    {name="together",kind="adversarial",epochs=4.0,learning_rate=1e-4}]}]'
+    {name="content",epochs=6.0,learning_rate=1e-3},
+    {name="critic",kind="critic",epochs=3.0,learning_rate=5e-4},
+    {name="together",kind="adversarial",epochs=3.0,learning_rate=1e-4}]}]'
 train unet-transpose --set "$(stage 16 3e-4)"
 train resnet18-residual --set "$(stage 16 1e-3)"
 train autoencoder --set "$(stage 16 1e-3)"

@@ -95,3 +95,9 @@ def test_command_writes_json_and_a_table(tmp_path):
     written = json.loads(out.read_text())
     assert (written["schema"], written["kind"], written["clients"]) == (1, "soak", 2)
     assert "0 wrong, 0 error" in result.stdout and "growth of resident memory" in result.stdout
+
+
+@pytest.mark.parametrize("minutes", ["nan", "inf", "0", "-1"])
+def test_command_ends_one_day(minutes):
+    result = CliRunner().invoke(main, ["soak", f"--minutes={minutes}"])
+    assert result.exit_code == 2 and "--minutes" in result.stderr
