@@ -91,16 +91,18 @@ def open_contestant(contestant: Contestant, setup: Setup, stack: ExitStack) -> R
 
     Raises: BackendUnavailable if it cannot run here, another SRError for a model or run that is not right.
     """
-    if contestant.engine not in MODULES:
-        return OTHERS[contestant.engine](contestant, setup)
-    upscaler = Upscaler(
-        setup.model, backend=contestant.engine, device=contestant.device, precision=contestant.precision,
-        stage=setup.stage,
-    )  # fmt: skip
-    if setup.threads is not None and contestant.device == "cpu" and has_strays():
-        upscaler.close()
-        raise BackendUnavailable(f"{contestant.engine} does not keep to the cores that --threads gives it")
-    return stack.enter_context(upscaler).upscale
+    if contestant.engine in MODULES:
+        upscaler = Upscaler(
+            setup.model, backend=contestant.engine, device=contestant.device, precision=contestant.precision,
+            stage=setup.stage,
+        )  # fmt: skip
+        runner: Runner = stack.enter_context(upscaler).upscale
+    else:
+        runner = OTHERS[contestant.engine](contestant, setup)
+    is_network = contestant.precision != "uint8"
+    if setup.threads is not None and is_network and contestant.device == "cpu" and has_strays():
+        raise BackendUnavailable(f"{contestant.name} does not keep to the cores that --threads gives it")
+    return runner
 
 
 def _pillow(contestant: Contestant, setup: Setup) -> Runner:

@@ -20,7 +20,7 @@ def limit_threads(count: int) -> None:
     Raises: OptionError if there are not so many, or the system is not Linux.
     """
     if not os.path.isdir(TASKS):
-        raise OptionError("--threads: only Linux ties a process to cores; leave the option out")
+        raise OptionError("only Linux ties a process to cores; on other systems all of them are used")
     cores = sorted(os.sched_getaffinity(0))
     if count > len(cores):
         raise OptionError(f"--threads {count}: there are {len(cores)} cores")

@@ -42,29 +42,42 @@ def count_layers(path: Path, shape: Sequence[int]) -> list[Layer]:
         raise BackendUnavailable("onnx is not installed; install sr-sdk[export]") from exc
     model = onnx.load(path, load_external_data=False)
     sizes = infer_shapes(model, shape)
+    learned = {tensor.name for tensor in model.graph.initializer}
     layers = []
     for node in model.graph.node:
+        if all(name in learned for name in node.input):  # weights that are cast
+            learned.update(node.output)
         if node.op_type not in MULTIPLIERS:
             continue
         names = (*node.input[:2], node.output[0])
         if missing := [name for name in names if not sizes.get(name)]:
             raise BundleError(f"{path}: the shape of {missing[0]} cannot be told")
-        read, learned, written = (sizes[name] for name in names)
-        multiplications = _multiplications(node.op_type, read, learned, written)
-        elements = (math.prod(each) for each in (read, written, learned))
-        layers.append(Layer(node.name, node.op_type, multiplications, *elements))
+        read, second, written = (sizes[name] for name in names)
+        inputs, outputs, others = (math.prod(each) for each in (read, written, second))
+        weights = others if node.input[1] in learned else 0  # attention multiplies what it has read
+        layers.append(
+            Layer(
+                node.name,
+                node.op_type,
+                multiplications=_multiplications(node, read, second, written),
+                inputs=inputs + others - weights,
+                outputs=outputs,
+                weights=weights,
+            )
+        )
     return layers
 
 
 MULTIPLIERS = ("Conv", "ConvTranspose", "MatMul", "Gemm")
 
 
-def _multiplications(operator: str, read: Sequence[int], learned: Sequence[int], written: Sequence[int]) -> int:
-    if operator == "Conv":  # weights (out, in / groups, ...): each result meets those of one output channel
-        return math.prod(written) * math.prod(learned[1:])
-    if operator == "ConvTranspose":  # weights (in, out / groups, ...): each input meets those of its channel
-        return math.prod(read) * math.prod(learned[1:])
-    return math.prod(written) * read[-1]
+def _multiplications(node: onnx.NodeProto, read: Sequence[int], second: Sequence[int], written: Sequence[int]) -> int:
+    if node.op_type == "Conv":  # weights (out, in / groups, ...): each result meets those of one output channel
+        return math.prod(written) * math.prod(second[1:])
+    if node.op_type == "ConvTranspose":  # weights (in, out / groups, ...): each input meets those of its channel
+        return math.prod(read) * math.prod(second[1:])
+    is_turned = any(each.name == "transA" and each.i for each in node.attribute)
+    return math.prod(written) * read[0 if is_turned else -1]
 
 
 def infer_shapes(model: onnx.ModelProto, shape: Sequence[int]) -> Mapping[str, tuple[int, ...]]:

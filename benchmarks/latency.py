@@ -25,7 +25,7 @@ from .timing import Timing, summarise, take_turns
 
 PROTOCOL = (
     "From a uint8 array to a uint8 array in memory. All contestants take turns in one process; a turn is a pause of "
-    "50 ms, an untimed run and a timed run. Two runs each before the first turn. Percentiles: linear between samples. "
+    "50 ms, an untimed run and a timed run. Five runs each before the first turn. Percentiles: linear between samples. "
     "Bilinear, bicubic, lanczos: Pillow's, or OpenCV's. Plain: the engine's own API on the whole picture, ONNX Runtime "
     "with default options, OpenVINO compiled for the shape; PyTorch on channels-last tensors, bf16 by autocast, "
     "compiled for the shape where it says so. Peak memory: resident, of a process of its own that does the same work "
@@ -131,7 +131,9 @@ def _open_all(
     runners, skipped = {}, []
     for contestant in contestants:
         try:
-            runners[contestant] = open_contestant(contestant, setup, stack)
+            with ExitStack() as own:  # what is skipped leaves no thread behind
+                runners[contestant] = open_contestant(contestant, setup, own)
+                stack.enter_context(own.pop_all())
         except (BackendError, BundleError) as exc:  # BundleError: exported without that precision
             skipped.append({"contestant": contestant.name, "reason": str(exc)})
     return runners, skipped
@@ -142,4 +144,4 @@ def _work(contestant: Contestant, setup: Setup, size: tuple[int, int]) -> None:
     with ExitStack() as stack:
         runner = open_contestant(contestant, setup, stack)
         for _ in range(2):
-            runner(draw_picture(size))
+            runner(np.zeros((*size, 3), np.uint8))

@@ -62,8 +62,11 @@ class LpipsLike:
         try:
             features = load_file(Path(source) / FEATURES_FILE)
             heads = load_file(Path(source) / HEADS_FILE)
-            return cls(features, [heads[f"squeeze.lin{i}.model.1.weight"] for i in range(len(TAPS))])
-        except (OSError, SafetensorError, KeyError) as exc:
+            network = cls(features, [heads[f"squeeze.lin{i}.model.1.weight"] for i in range(len(TAPS))])
+            blank = np.zeros((32, 32, 3), np.uint8)
+            network(blank, blank)
+            return network
+        except (OSError, SafetensorError, KeyError, RuntimeError) as exc:
             raise LpipsUnavailable(f"{source}: {FEATURES_FILE} and {HEADS_FILE} are not both there and whole") from exc
 
     def __call__(self, a: np.ndarray, b: np.ndarray) -> float:

@@ -79,6 +79,6 @@ def _whole(bundle: Bundle, stage: str, run: Infer) -> Infer:
     def upscale(lr: np.ndarray) -> np.ndarray:
         height, width = lr.shape[:2]
         padded = np.pad(lr, ((0, -height % stride), (0, -width % stride), (0, 0)), mode="edge")
-        return np.ascontiguousarray(run(padded[None])[0, : height * scale, : width * scale])
+        return run(padded[None])[0, : height * scale, : width * scale].copy()  # OpenVINO writes over its own
 
     return upscale

@@ -112,6 +112,8 @@ def _quality(result: dict[str, Any]) -> list[Figure]:
 
 
 def _roofline(result: dict[str, Any]) -> list[Figure]:
+    if not result["rows"]:
+        return []
     figure, (place,) = _figure(1, size=(6.5, 4.2))
     ceilings = dict.fromkeys(
         (row["device"], row["precision"], row["matrix_gops"], row["copy_gb_per_s"]) for row in result["rows"]
@@ -157,9 +159,9 @@ def _soak(result: dict[str, Any]) -> list[Figure]:
     places[0].plot(minutes, [each["rss_mib"] or np.nan for each in result["intervals"]])
     places[0].set(xlabel="minutes", ylabel="resident MiB", ylim=(0, None))
     for row in result["rows"]:
-        times = [each["median_ms"].get(row["kind"], np.nan) for each in result["intervals"]]
+        times = [each["latency"].get(row["kind"], np.nan) for each in result["intervals"]]
         places[1].plot(minutes, times, linewidth=0.8, label=row["kind"])
-    places[1].set(xlabel="minutes", ylabel="median ms", yscale="log")
+    places[1].set(xlabel="minutes", ylabel="latency, times that alone", ylim=(0, None))
     places[1].legend(fontsize=6, ncols=2)
     return [figure]
 

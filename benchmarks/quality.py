@@ -57,6 +57,7 @@ def run_quality(settings: Settings, *, track: Track = lambda paths, label: nullc
     for folder in settings.folders:
         find_pictures(folder)  # a wrong folder is told before anything is loaded
     distance, missing = load_distance(settings.weights)
+    head = result_head("quality", protocol=PROTOCOL)
     models: list[dict[str, Any]] = []
     rows: list[dict[str, Any]] = []
     by_scale: dict[int, dict[str, Method]] = {}
@@ -72,7 +73,6 @@ def run_quality(settings: Settings, *, track: Track = lambda paths, label: nullc
         for folder in settings.folders:
             for scale, methods in by_scale.items():
                 rows += evaluate(folder, scale=scale, methods=methods, distance=distance, track=track)
-    head = result_head("quality", protocol=PROTOCOL)
     return head | {"models": models, "lpips_like_missing": missing, "rows": rows}
 
 

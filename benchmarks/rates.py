@@ -49,7 +49,10 @@ def _torch(device: str) -> Any:
 
 
 def _best_s(torch: Any, device: str, work: Callable[[], object]) -> float:
-    finish = torch.cuda.synchronize if device != "cpu" else lambda: None
+    def finish() -> None:
+        if device != "cpu":
+            torch.cuda.synchronize(device)
+
     seconds = []
     for _ in range(ROUNDS):
         finish()

@@ -148,7 +148,7 @@ def _scaling(result: dict[str, Any]) -> list[str]:
 
 def _soak(result: dict[str, Any]) -> list[str]:
     rows = [
-        [row["kind"], *(figure(row[key], 2, missing="-") for key in ("first_ms", "last_ms", "drift"))]
+        [row["kind"], *(figure(row[key], 2, missing="-") for key in ("first", "last", "drift"))]
         for row in result["rows"]
     ]
     totals = ", ".join(f"{count} {outcome}" for outcome, count in result["totals"].items())
@@ -156,7 +156,7 @@ def _soak(result: dict[str, Any]) -> list[str]:
     about = f"{totals}, in {seconds:.0f} s from {result['clients']} clients"
     memory = f"growth of resident memory: {figure(result['growth_mib'], 1, missing='not known')} MiB"
     error = [f"first error: {result['first_error']}"] if result["first_error"] else []
-    headings = ["request", "first quarter ms", "last quarter ms", "drift"]
+    headings = ["request", "first quarter x alone", "last quarter x alone", "drift"]
     return [table(headings, rows), "\n".join([about, memory, *error])]
 
 

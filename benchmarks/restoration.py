@@ -73,6 +73,7 @@ def measure(
     for folder in folders:
         find_pictures(folder)  # a wrong folder is told before anything is loaded
     distance, missing = load_distance(weights)
+    head = result_head("restoration", protocol=PROTOCOL)
     facts: list[dict[str, Any]] = []
     rows: list[dict[str, Any]] = []
     with ExitStack() as stack:
@@ -99,7 +100,6 @@ def measure(
                             distance=distance,
                         )
                     rows.append(about | {"means": means(pictures), "pictures": pictures})
-    head = result_head("restoration", protocol=PROTOCOL)
     return head | {"seed": seed, "models": facts, "lpips_like_missing": missing, "rows": rows}
 
 

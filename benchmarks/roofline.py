@@ -52,7 +52,8 @@ def run_roofline(settings: Settings, *, progress: Callable[[str], None] = lambda
     Raises: SRError for a missing model or stage; BackendUnavailable without PyTorch or onnx.
     """
     bundle = Bundle.load(settings.model)
-    stages = [bundle.stage(name) for name in settings.stages] or list(bundle.manifest.stages)
+    stages = [bundle.stage(name) for name in dict.fromkeys(settings.stages)] or list(bundle.manifest.stages)
+    head = result_head("roofline", protocol=PROTOCOL) | {"model": model_facts(bundle), "repeats": settings.repeats}
     rows: list[dict[str, Any]] = []
     skipped: list[dict[str, str]] = []
     for stage in stages:
@@ -62,7 +63,6 @@ def run_roofline(settings: Settings, *, progress: Callable[[str], None] = lambda
                 progress(f"stage {stage.name}, {size[0]}x{size[1]}: timing {', '.join(engines)}")
                 about = {"stage": stage.name, "size": list(size)}
                 rows += [about | row for row in _measure(bundle, stage, engines, size, repeats=settings.repeats)]
-    head = result_head("roofline", protocol=PROTOCOL) | {"model": model_facts(bundle), "repeats": settings.repeats}
     return head | {"rows": rows, "skipped": skipped}
 
 
@@ -92,19 +92,16 @@ def _measure(
     padded = [-(-side // stage.stride) * stage.stride for side in size]
     graph = bundle.folder / stage.graph(precision="fp32", ends="uint8").file.name
     layers = count_layers(graph, (1, *padded, 3))
-    end_elements = 3 * padded[0] * padded[1] * (1 + bundle.manifest.scale**2)  # bytes, as they are uint8
+    end_bytes = 3 * padded[0] * padded[1] * (1 + bundle.manifest.scale**2)  # of uint8
+    places = {name: (upscaler.info["device"], upscaler.info["precision"]) for name, upscaler in engines.items()}
+    found = {place: (_matrix_rate(*place), _copy_rate(place[0])) for place in places.values()}
     times = take_turns(
         {name: functools.partial(upscaler.upscale, picture) for name, upscaler in engines.items()}, repeats=repeats
     )
-    for name, upscaler in engines.items():
-        device, precision = upscaler.info["device"], upscaler.info["precision"]
+    for name, (device, precision) in places.items():
+        matrix, copy = found[device, precision]
         yield {"engine": name, "device": device, "precision": precision} | make_row(
-            layers,
-            times[name],
-            width=BYTES[precision],
-            end_bytes=end_elements,
-            matrix=_matrix_rate(device, precision),
-            copy=_copy_rate(device),
+            layers, times[name], width=BYTES[precision], end_bytes=end_bytes, matrix=matrix, copy=copy
         )
 
 

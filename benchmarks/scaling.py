@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from sdk import Bundle, Upscaler
-from sdk.errors import BackendUnavailable
+from sdk.errors import BackendError, BackendUnavailable, OptionError
 
 from .cores import has_strays, limit_threads, usable_cores
 from .memory import run_fresh
@@ -62,16 +62,18 @@ def run_scaling(settings: Settings, *, progress: Callable[[str], None] = lambda 
     Returns: the JSON form: facts, one row for each point, a fit for each axis, and what was skipped and why.
     Raises: SRError for a missing model or an engine that cannot run.
     """
+    protocol = PROTOCOL.format(side=settings.side, tile=settings.tile)
+    head = result_head("scaling", protocol=protocol) | {"model": model_facts(Bundle.load(settings.model))}
     with settings.open() as upscaler:
         info = upscaler.info
     rows: list[dict[str, Any]] = []
     fits: dict[str, dict[str, float | None]] = {}
     skipped: list[dict[str, str]] = []
-    for axis in settings.axes or AXES:
+    for axis in dict.fromkeys(settings.axes or AXES):
         progress(f"timing {axis}")
         try:
             samples = AXES[axis](settings)
-        except BackendUnavailable as exc:
+        except (BackendError, OptionError) as exc:
             skipped.append({"axis": axis, "reason": str(exc)})
             continue
         points = {value: float(np.median(times_ms)) for value, times_ms in samples.items()}
@@ -83,8 +85,6 @@ def run_scaling(settings: Settings, *, progress: Callable[[str], None] = lambda 
             }
             for value, times_ms in samples.items()
         ]  # fmt: skip
-    protocol = PROTOCOL.format(side=settings.side, tile=settings.tile)
-    head = result_head("scaling", protocol=protocol) | {"model": model_facts(Bundle.load(settings.model))}
     return head | {"info": info, "repeats": settings.repeats, "rows": rows, "fits": fits, "skipped": skipped}
 
 
@@ -94,7 +94,7 @@ def fit_exponent(points: Mapping[int, float]) -> dict[str, float | None]:
         return {"exponent": None, "r2": None}
     x, y = np.log(list(points)), np.log(list(points.values()))
     exponent, level = np.polyfit(x, y, 1)
-    spread = float(((y - y.mean()) ** 2).sum())
+    spread = float(((y - y.mean()) ** 2).sum()) if np.ptp(y) else 0.0
     left = float(((y - (exponent * x + level)) ** 2).sum())
     return {"exponent": round(float(exponent), 4), "r2": round(1 - left / spread, 4) if spread else None}
 
@@ -102,29 +102,37 @@ def fit_exponent(points: Mapping[int, float]) -> dict[str, float | None]:
 Samples = dict[int, list[float]]
 
 
+@dataclass(frozen=True)
+class Point:
+    """What is timed once: a square picture, in tiles or not."""
+
+    side: int
+    tile: int | None = None
+    batch: int | str = "auto"
+
+
 def time_pixels(settings: Settings) -> Samples:
     """Time squares of rising size: milliseconds by LR pixels."""
-    with settings.open() as upscaler:
-        turns = {side**2: partial(upscaler.upscale, draw_picture((side, side))) for side in settings.sides}
-        return take_turns(turns, repeats=settings.repeats)
+    return _time(settings, {side**2: Point(side) for side in settings.sides})
 
 
 def time_tiles(settings: Settings) -> Samples:
     """Time one picture in tiles of rising size: milliseconds by the tile's side."""
-    picture = draw_picture((settings.side, settings.side))
-    with settings.open() as upscaler:
-        turns = {tile: partial(upscaler.upscale, picture, tile) for tile in settings.tiles}
-        return take_turns(turns, repeats=settings.repeats)
+    return _time(settings, {tile: Point(settings.side, tile) for tile in settings.tiles})
 
 
 def time_batches(settings: Settings) -> Samples:
     """Time one picture in tiles, with rising numbers of them at once: milliseconds by batch."""
-    picture = draw_picture((settings.side, settings.side))
+    return _time(settings, {batch: Point(settings.side, settings.tile, batch) for batch in settings.batches})
+
+
+def _time(settings: Settings, points: Mapping[int, Point]) -> Samples:
     with ExitStack() as stack:
-        turns = {
-            batch: partial(stack.enter_context(settings.open(batch=batch)).upscale, picture, settings.tile)
-            for batch in settings.batches
-        }
+        turns = {}
+        for value, point in points.items():
+            # One for each: an engine keeps few shapes ready.
+            upscaler = stack.enter_context(settings.open(batch=point.batch))
+            turns[value] = partial(upscaler.upscale, draw_picture((point.side, point.side)), point.tile)
         return take_turns(turns, repeats=settings.repeats)
 
 

@@ -146,13 +146,13 @@ def _scaling(result: dict[str, Any]) -> list[Table]:
 
 
 def _soak(result: dict[str, Any]) -> list[Table]:
-    rows = [[row["kind"], *(figure(row[key], 2) for key in ("first_ms", "last_ms", "drift"))] for row in result["rows"]]
+    rows = [[row["kind"], *(figure(row[key], 2) for key in ("first", "last", "drift"))] for row in result["rows"]]
     totals = [str(result["totals"][key]) for key in ("right", "refused", "wrong", "error")]
     seconds = result["intervals"][-1]["seconds"]
     about = [[f"{seconds / 60:.0f} min, {result['clients']} clients", *totals, figure(result["growth_mib"], 1)]]
     return [
         Table(["soak", "right", "refused", "wrong", "errors", "growth MiB"], about),
-        Table(["request", "first quarter ms", "last quarter ms", "drift"], rows),
+        Table(["request", "first quarter x alone", "last quarter x alone", "drift"], rows),
     ]
 
 

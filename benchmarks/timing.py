@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import numpy as np
 
-WARM_UPS = 2
+WARM_UPS = 5  # OpenVINO in the SDK compiles for a shape when it comes for the fourth time
 # Worker threads of one engine spin for a while after its run, on the cores of the next.
 PAUSE_S = 0.05
 

@@ -11,6 +11,7 @@ import numpy as np
 from sdk import Bundle
 from sdk.errors import BackendUnavailable, OptionError
 
+MAX_SHAPES = 64
 RANDOM = "random (the bundle's architecture; timing does not depend on the values)"
 
 
@@ -42,7 +43,10 @@ def open_network(
     dtype = torch.float16 if precision == "fp16" else torch.float32
     network = load_network(bundle, run, stage=stage).to(device, dtype, memory_format=layout).eval()
     stride = network.stride(scale)
-    forward = torch.compile(network, dynamic=False) if compiled else network
+    forward: Any = network
+    if compiled:
+        torch._dynamo.config.recompile_limit = MAX_SHAPES  # beyond it would run uncompiled, and not say so
+        forward = torch.compile(network, dynamic=False)
 
     @torch.inference_mode()
     def upscale(lr: np.ndarray) -> np.ndarray:

@@ -13,7 +13,7 @@ def install(monkeypatch: pytest.MonkeyPatch, module: ModuleType, *, scale: int) 
     """Let a benchmark find a model "fake" of a scale, whatever it is asked for."""
     stage = SimpleNamespace(name="96", weights=SimpleNamespace(sha256="0" * 64))
     manifest = SimpleNamespace(name="fake", scale=scale, training={"parameters": 7})
-    loaded = SimpleNamespace(manifest=manifest, stage=lambda: stage)
+    loaded = SimpleNamespace(manifest=manifest, stage=lambda name: stage)
     monkeypatch.setattr(module, "Upscaler", lambda model=None, **options: FakeUpscaler(scale))
     monkeypatch.setattr(module, "Bundle", SimpleNamespace(load=lambda model: loaded))
 

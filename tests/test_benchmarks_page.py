@@ -37,8 +37,8 @@ SCALING = HEAD | {
 }  # fmt: skip
 SOAK = HEAD | {
     "kind": "soak", "clients": 2, "growth_mib": None, "totals": {"right": 9, "refused": 1, "wrong": 0, "error": 0},
-    "rows": [{"kind": "rgb", "first_ms": 2.0, "last_ms": 3.0, "drift": 1.5}],
-    "intervals": [{"seconds": 60.0 * n, "rss_mib": None, "median_ms": {"rgb": 2.0} if n else {}} for n in range(3)],
+    "rows": [{"kind": "rgb", "first": 2.0, "last": 3.0, "drift": 1.5}],
+    "intervals": [{"seconds": 60.0 * n, "rss_mib": None, "latency": {"rgb": 2.0} if n else {}} for n in range(3)],
 }  # fmt: skip
 KINDS = {"roofline": ROOFLINE, "scaling": SCALING, "soak": SOAK}
 

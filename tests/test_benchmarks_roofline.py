@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import bundles
 import onnx
@@ -8,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 from onnx import TensorProto, helper
 
-from benchmarks import graph_cost, roofline
+from benchmarks import graph_cost, rates, roofline
 from benchmarks.cli import main
 from benchmarks.graph_cost import Layer, count_layers
 from sdk import Bundle
@@ -35,7 +36,9 @@ def test_layers_of_a_graph_counted_by_hand(tmp_path):
         helper.make_node("Conv", ["h2", "b"], ["h3"], name="grouped", group=2, strides=[2, 2], kernel_shape=[2, 2]),
         helper.make_node("ConvTranspose", ["h3", "c"], ["h4"], name="up", strides=[2, 2], kernel_shape=[2, 2]),
         helper.make_node("Cast", ["d"], ["d16"], to=TensorProto.FLOAT),
-        helper.make_node("MatMul", ["h4", "d16"], ["y"], name="product"),
+        helper.make_node("MatMul", ["h4", "d16"], ["h5"], name="product"),
+        helper.make_node("Transpose", ["h5"], ["h6"], perm=[0, 1, 3, 2]),
+        helper.make_node("MatMul", ["h6", "h5"], ["y"], name="attention"),
     ]
     weights = {
         "a": ([8, 3, 3, 3], 216), "b": ([4, 4, 2, 2], 64), "c": ([4, 5, 2, 2], 80), "d": ([6, 7], 42)
@@ -46,6 +49,7 @@ def test_layers_of_a_graph_counted_by_hand(tmp_path):
         Layer("grouped", "Conv", 2 * 4 * 2 * 3 * 16, 2 * 8 * 24, 2 * 4 * 6, 64),
         Layer("up", "ConvTranspose", 2 * 4 * 6 * 20, 2 * 4 * 6, 2 * 5 * 24, 80),
         Layer("product", "MatMul", 2 * 5 * 4 * 7 * 6, 2 * 5 * 24, 2 * 5 * 4 * 7, 42),
+        Layer("attention", "MatMul", 2 * 5 * 7 * 7 * 4, 2 * 2 * 5 * 4 * 7, 2 * 5 * 7 * 7, 0),
     ]
 
 
@@ -104,12 +108,31 @@ def test_command_measures_every_stage_and_engine(known_rates, tmp_path):
 def test_a_wrong_stage_and_missing_packages_are_one_line(monkeypatch):
     result = CliRunner().invoke(main, ["roofline", "--stage", "7"])
     assert result.exit_code == 1 and result.stderr.startswith("Error: ") and "7" in result.stderr
-    monkeypatch.setitem(__import__("sys").modules, "onnx", None)
+    monkeypatch.setitem(sys.modules, "onnx", None)
     with pytest.raises(BackendUnavailable, match=r"onnx is not installed; install sr-sdk\[export\]"):
         graph_cost.count_layers("a.onnx", (1, 8, 8, 3))
 
 
-def test_rates_are_of_this_machine():
-    from benchmarks import rates
+def test_rates_are_work_over_the_best_time(monkeypatch):
+    seconds = {"works": []}
 
-    assert 1e8 < rates.matrix_rate("cpu", "fp32") < 1e15 and 1e7 < rates.copy_rate("cpu") < 1e13
+    def best(torch, device, work):
+        work()
+        seconds["works"].append(device)
+        return 0.5
+
+    monkeypatch.setattr(rates, "_best_s", best)
+    monkeypatch.setattr(rates, "MATRIX_SIDES", {"cpu": 64})
+    monkeypatch.setattr(rates, "COPY_MIB", 1)
+    assert rates.matrix_rate("cpu", "fp32") == rates.matrix_rate("cpu", "bf16") == 2 * 64**3 / 0.5
+    assert rates.copy_rate("cpu") == 2 * (1 << 20) / 0.5 and seconds["works"] == ["cpu"] * 3
+    with pytest.raises(BackendUnavailable, match="no CUDA device"):
+        rates.copy_rate("cuda:0")
+
+
+def test_without_pytorch_it_is_told_before_anything_is_timed(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    monkeypatch.setattr(roofline, "take_turns", None)
+    roofline._matrix_rate.cache_clear()
+    result = CliRunner().invoke(main, ["roofline", "--model", str(bundles.shared("blur")), "--size", "16x16"])
+    assert result.exit_code == 1 and "PyTorch is not installed" in result.stderr

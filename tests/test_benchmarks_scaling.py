@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import bundles
 import pytest
@@ -19,7 +20,7 @@ SMALL = scaling.Settings(
 def test_the_exponent_of_known_laws():
     assert scaling.fit_exponent({1: 3.0, 2: 6.0, 4: 12.0}) == {"exponent": 1.0, "r2": 1.0}
     assert scaling.fit_exponent({1: 8.0, 4: 2.0})["exponent"] == -1.0
-    assert scaling.fit_exponent({2: 5.0, 4: 5.0, 8: 5.0})["exponent"] == pytest.approx(0)
+    assert scaling.fit_exponent(dict.fromkeys((1, 2, 3, 4, 6, 8), 7.7)) == {"exponent": 0.0, "r2": None}
     assert scaling.fit_exponent({2: 5.0}) == {"exponent": None, "r2": None}
     rough = scaling.fit_exponent({1: 1.0, 2: 3.0, 4: 2.0})
     # Slope and r2 of (0, 0), (1, log2 3), (2, 1): 1/2 and (1/2)**2 * 2 / sum((y - mean)**2).
@@ -41,6 +42,20 @@ def test_every_axis_is_timed_and_fitted():
     assert list(result["fits"]) == list(scaling.AXES) and result["info"]["backend"] == "openvino"
 
 
+def test_every_point_has_an_engine_of_its_own(monkeypatch):
+    """One that served all would compile again and again for shapes that come in turns."""
+    opened = []
+
+    class Counting(scaling.Upscaler):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            opened.append(options["batch"])
+
+    monkeypatch.setattr(scaling, "Upscaler", Counting)
+    assert list(scaling.time_pixels(SMALL)) == [1024, 4096, 9216] and opened == ["auto"] * 3
+    assert list(scaling.time_batches(SMALL)) == [1, 2] and opened[3:] == [1, 2]
+
+
 def test_an_axis_that_cannot_be_timed_is_told(monkeypatch):
     def refuse(settings):
         raise BackendUnavailable("not here")
@@ -48,6 +63,19 @@ def test_an_axis_that_cannot_be_timed_is_told(monkeypatch):
     monkeypatch.setitem(scaling.AXES, "threads", refuse)
     result = scaling.run_scaling(scaling.Settings(**{**vars(SMALL), "axes": ("threads", "batch")}))
     assert result["skipped"] == [{"axis": "threads", "reason": "not here"}] and list(result["fits"]) == ["batch"]
+
+
+def test_a_model_that_cannot_be_tiled_is_timed_whole(tmp_path):
+    folder = tmp_path / "whole"
+    shutil.copytree(bundles.shared("blur"), folder)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for stage in manifest["stages"]:
+        stage["halo"] = []
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=2))
+    options = {**vars(SMALL), "model": str(folder), "axes": ("tile", "pixels", "pixels")}
+    result = scaling.run_scaling(scaling.Settings(**options))
+    assert [item["axis"] for item in result["skipped"]] == ["tile"]
+    assert [row["axis"] for row in result["rows"]] == ["pixels"] * 3
 
 
 def test_command_writes_json_and_a_table(monkeypatch, tmp_path):

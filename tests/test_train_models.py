@@ -163,7 +163,7 @@ def test_fast_unet_takes_its_trunk_to_another_scale() -> None:
         nn.init.normal_(end, std=0.1)
     picture = torch.rand(1, 3, 16, 24)
     with torch.no_grad():
-        grown = large.grow(small.state_dict())
+        grown = large.grow(small.to(memory_format=torch.channels_last).state_dict())
         assert grown is not None
         large.load_state_dict(grown)
         details = [model(picture, scale) - enlarge(picture, scale) for model, scale in ((small, 2), (large, 4))]

@@ -165,11 +165,11 @@ def _resample_cell(rows: Tensor, cell: int) -> Tensor | None:
     old = math.isqrt(len(rows) // 3)
     if len(rows) != 3 * old**2:
         return None
-    grid = rows.view(3, old, old, -1)
+    grid = rows.reshape(3, old, old, -1)
     if cell % old == 0:
         grid = grid.repeat_interleave(cell // old, 1).repeat_interleave(cell // old, 2)
     elif old % cell == 0:
-        grid = grid.view(3, cell, old // cell, cell, old // cell, -1).mean((2, 4))
+        grid = grid.reshape(3, cell, old // cell, cell, old // cell, -1).mean((2, 4))
     else:
         return None
     return grid.reshape(-1, *rows.shape[1:])
