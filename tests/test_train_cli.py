@@ -372,9 +372,11 @@ def test_a_signal_to_all_processes_saves_and_ends_well(
     endless = tmp_path / "endless.toml"
     endless.write_text(TINY.replace("EPOCHS", "1e6"))
     out = tmp_path / "run"
-    before = signal.signal(number, signal.default_int_handler)  # a shell's background jobs inherit that it is ignored
-    process = start(command(photo_folder, "--recipe", endless, "--out", out, "--workers", 1))
-    signal.signal(number, before)
+    arguments = command(photo_folder, "--recipe", endless, "--out", out, "--workers", 1)
+    code = arguments.index("-c") + 1
+    # A shell's background jobs inherit that it is ignored, and so does all that they start.
+    arguments[code] = f"import signal; signal.signal({int(number)}, signal.SIG_DFL); {arguments[code]}"
+    process = start(arguments)
     wait_for((out / "loss.png").exists, process)
     os.killpg(process.pid, number)  # as Ctrl-C in a terminal, or a scheduler: the worker gets it too
     output = process.communicate(timeout=300)[0]
