@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -12,7 +12,7 @@ import numpy as np
 
 from sdk import Bundle, Upscaler
 from sdk.backends import MODULES
-from sdk.errors import BackendUnavailable, OptionError
+from sdk.errors import BackendError, BackendUnavailable, BundleError, OptionError
 
 from . import plain, torch_eager
 from .cores import has_strays
@@ -84,6 +84,21 @@ def choose(names: tuple[str, ...]) -> tuple[Contestant, ...]:
     if wrong := [name for name in names if name not in known]:
         raise OptionError(f"no contestant is called {wrong[0]!r}; there are {', '.join(known)}")
     return tuple(each for each in CONTESTANTS if not names or each.name in names or each == BASELINE)
+
+
+def open_contestants(
+    contestants: Iterable[Contestant], setup: Setup, stack: ExitStack
+) -> tuple[dict[Contestant, Runner], list[dict[str, str]]]:
+    """Make ready what runs here; give the rest with reasons. `stack` closes them. Raises: as open_contestant."""
+    runners, skipped = {}, []
+    for contestant in contestants:
+        try:
+            with ExitStack() as own:  # what is skipped leaves no thread behind
+                runners[contestant] = open_contestant(contestant, setup, own)
+                stack.enter_context(own.pop_all())
+        except (BackendError, BundleError) as exc:  # BundleError: exported without that precision
+            skipped.append({"contestant": contestant.name, "reason": str(exc)})
+    return runners, skipped
 
 
 def open_contestant(contestant: Contestant, setup: Setup, stack: ExitStack) -> Runner:

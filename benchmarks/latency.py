@@ -13,10 +13,19 @@ import numpy as np
 
 from sdk import Bundle
 from sdk.backends import MODULES
-from sdk.errors import BackendError, BundleError
 
 from . import torch_eager
-from .contestants import BASELINE, EAGER, REFERENCE, Contestant, Runner, Setup, choose, open_contestant
+from .contestants import (
+    BASELINE,
+    EAGER,
+    REFERENCE,
+    Contestant,
+    Runner,
+    Setup,
+    choose,
+    open_contestant,
+    open_contestants,
+)
 from .memory import measure_peak_mib
 from .metrics import psnr
 from .pictures import draw_picture, fit_picture, read_picture
@@ -68,7 +77,7 @@ def run_latency(settings: Settings, *, progress: Callable[[str], None] = lambda 
     }
     rows: list[dict[str, Any]] = []
     with ExitStack() as stack:
-        runners, skipped = _open_all(contestants, setup, stack)
+        runners, skipped = open_contestants(contestants, setup, stack)
         names = ", ".join(contestant.name for contestant in runners)
         for size in settings.sizes:
             progress(f"{size[0]}x{size[1]}: timing {names}")
@@ -123,20 +132,6 @@ def make_rows(
         }
         for contestant, timing in timings.items()
     ]
-
-
-def _open_all(
-    contestants: tuple[Contestant, ...], setup: Setup, stack: ExitStack
-) -> tuple[dict[Contestant, Runner], list[dict[str, str]]]:
-    runners, skipped = {}, []
-    for contestant in contestants:
-        try:
-            with ExitStack() as own:  # what is skipped leaves no thread behind
-                runners[contestant] = open_contestant(contestant, setup, own)
-                stack.enter_context(own.pop_all())
-        except (BackendError, BundleError) as exc:  # BundleError: exported without that precision
-            skipped.append({"contestant": contestant.name, "reason": str(exc)})
-    return runners, skipped
 
 
 def _work(contestant: Contestant, setup: Setup, size: tuple[int, int]) -> None:

@@ -13,8 +13,8 @@ import numpy as np
 from sdk import Bundle
 from sdk.bundle import shipped_models
 from sdk.errors import BackendUnavailable
+from train.plots import new_figure
 
-from .report import size_text
 from .tables import PUBLISHED
 
 if TYPE_CHECKING:
@@ -49,16 +49,11 @@ def fingerprint(result: dict[str, Any]) -> str:
 
 
 def _figure(columns: int, *, size: tuple[float, float]) -> tuple[Figure, list[Axes]]:
-    # The object interface needs no display and no global state, unlike pyplot.
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
+        figure, axes = new_figure(1, columns, size=(size[0] * columns, size[1]))
     except ImportError as exc:
         raise BackendUnavailable("matplotlib is not installed; install sr-sdk[train]") from exc
-
-    figure = Figure(figsize=(size[0] * columns, size[1]), layout="constrained")
-    FigureCanvasAgg(figure)
-    places = list(figure.subplots(1, columns, squeeze=False)[0])
+    places = list(axes[0])
     for place in places:
         place.grid(alpha=0.25, linewidth=0.5)
     return figure, places
@@ -77,7 +72,7 @@ def _latency(result: dict[str, Any]) -> list[Figure]:
         ]  # fmt: skip
         colours = [OURS if row["engine"] in ("onnxruntime", "openvino", "tensorrt") else OTHERS for row in rows]
         place.barh(heights, medians, xerr=spans, color=colours, error_kw={"linewidth": 0.7})
-        place.set(xscale="log", xlabel="ms, median with least and most", title=f"{size_text(size)} LR")
+        place.set(xscale="log", xlabel="ms, median with least and most", title=f"{size[0]}x{size[1]} LR")
         place.set_yticks(range(len(names), 0, -1), names)
     return [figure]
 

@@ -60,11 +60,6 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[str]], *, text_column
     )
 
 
-def size_text(size: Sequence[int]) -> str:
-    """Write (height, width) as the commands take it."""
-    return "x".join(map(str, size))
-
-
 def figure(value: float | None, decimals: int, *, missing: str = "") -> str:
     """Write a figure that may not be there."""
     return missing if value is None else f"{value:,.{decimals}f}"
@@ -106,13 +101,18 @@ def _quality(result: dict[str, Any]) -> list[str]:
     return [table(headings, rows, text_columns=2), *notes]
 
 
-def _roofline(result: dict[str, Any]) -> list[str]:
+def roofline_table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Give headings and rows."""
     rows = [
-        [row["stage"], size_text(row["size"]), row["engine"]]
+        [row["stage"], "x".join(map(str, row["size"])), row["engine"]]
         + [figure(row[key], decimals) for key, (_, decimals) in ROOFLINE_COLUMNS.items()]
         for row in result["rows"]
     ]
-    headings = ["stage", "LR size", "engine", *(heading for heading, _ in ROOFLINE_COLUMNS.values())]
+    return ["stage", "LR size", "engine", *(heading for heading, _ in ROOFLINE_COLUMNS.values())], rows
+
+
+def _roofline(result: dict[str, Any]) -> list[str]:
+    headings, rows = roofline_table(result)
     skipped = [f"skipped {item['engine']}, stage {item['stage']}: {item['reason']}" for item in result["skipped"]]
     return [block for block in (table(headings, rows, text_columns=3), "\n".join(skipped)) if block]
 

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from sdk import Bundle, Upscaler
+from sdk import Bundle
 from sdk.backends import MODULES
 from sdk.bundle import Stage
-from sdk.errors import BackendError, BundleError
 
 from . import rates
-from .contestants import CONTESTANTS
+from .contestants import CONTESTANTS, Contestant, Runner, Setup, open_contestants
 from .graph_cost import Layer, count_layers
 from .pictures import draw_picture
 from .result import model_facts, result_head
@@ -32,6 +31,7 @@ PROTOCOL = (
     f"{rates.COPY_MIB} MiB. Floor: the larger of operations / matrix rate and bytes at the ends / copy rate. Time: the "
     "median of Upscaler.upscale, from array to array, engines in turns. Share: floor / time."
 )
+ENGINES = tuple(each for each in CONTESTANTS if each.engine in MODULES)
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
@@ -58,50 +58,32 @@ def run_roofline(settings: Settings, *, progress: Callable[[str], None] = lambda
     skipped: list[dict[str, str]] = []
     for stage in stages:
         with ExitStack() as stack:
-            engines = _open_engines(settings.model, stage, stack, skipped)
+            setup = Setup(settings.model, stage.name)
+            engines, others = open_contestants(ENGINES, setup, stack)
+            skipped += [
+                {"stage": stage.name, "engine": each["contestant"], "reason": each["reason"]} for each in others
+            ]
+            names = ", ".join(each.name for each in engines)
             for size in settings.sizes:
-                progress(f"stage {stage.name}, {size[0]}x{size[1]}: timing {', '.join(engines)}")
+                progress(f"stage {stage.name}, {size[0]}x{size[1]}: timing {names}")
                 about = {"stage": stage.name, "size": list(size)}
                 rows += [about | row for row in _measure(bundle, stage, engines, size, repeats=settings.repeats)]
     return head | {"rows": rows, "skipped": skipped}
 
 
-def _open_engines(
-    model: str | None, stage: Stage, stack: ExitStack, skipped: list[dict[str, str]]
-) -> dict[str, Upscaler]:
-    """Open what runs here; `stack` closes it."""
-    engines = {}
-    for each in CONTESTANTS:
-        if each.engine not in MODULES:
-            continue
-        try:
-            upscaler = Upscaler(
-                model, backend=each.engine, device=each.device, precision=each.precision, stage=stage.name
-            )
-        except (BackendError, BundleError) as exc:  # BundleError: exported without that precision
-            skipped.append({"stage": stage.name, "engine": each.name, "reason": str(exc)})
-        else:
-            engines[each.name] = stack.enter_context(upscaler)
-    return engines
-
-
 def _measure(
-    bundle: Bundle, stage: Stage, engines: dict[str, Upscaler], size: tuple[int, int], *, repeats: int
+    bundle: Bundle, stage: Stage, engines: Mapping[Contestant, Runner], size: tuple[int, int], *, repeats: int
 ) -> Iterator[dict[str, Any]]:
     picture = draw_picture(size)
     padded = [-(-side // stage.stride) * stage.stride for side in size]
     graph = bundle.folder / stage.graph(precision="fp32", ends="uint8").file.name
     layers = count_layers(graph, (1, *padded, 3))
     end_bytes = 3 * padded[0] * padded[1] * (1 + bundle.manifest.scale**2)  # of uint8
-    places = {name: (upscaler.info["device"], upscaler.info["precision"]) for name, upscaler in engines.items()}
-    found = {place: (_matrix_rate(*place), _copy_rate(place[0])) for place in places.values()}
-    times = take_turns(
-        {name: functools.partial(upscaler.upscale, picture) for name, upscaler in engines.items()}, repeats=repeats
-    )
-    for name, (device, precision) in places.items():
-        matrix, copy = found[device, precision]
-        yield {"engine": name, "device": device, "precision": precision} | make_row(
-            layers, times[name], width=BYTES[precision], end_bytes=end_bytes, matrix=matrix, copy=copy
+    found = {each: (_matrix_rate(each.device, each.precision), _copy_rate(each.device)) for each in engines}
+    times = take_turns({each: functools.partial(run, picture) for each, run in engines.items()}, repeats=repeats)
+    for each, (matrix, copy) in found.items():
+        yield {"engine": each.name, "device": each.device, "precision": each.precision} | make_row(
+            layers, times[each], width=BYTES[each.precision], end_bytes=end_bytes, matrix=matrix, copy=copy
         )
 
 

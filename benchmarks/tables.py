@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .report import ROOFLINE_COLUMNS, figure, measured, size_text
+from .report import figure, measured, roofline_table
 from .restoration import COLUMNS as RESTORATION_COLUMNS
 
 
@@ -128,12 +128,7 @@ def _train(result: dict[str, Any]) -> list[Table]:
 
 
 def _roofline(result: dict[str, Any]) -> list[Table]:
-    rows = [
-        [row["stage"], size_text(row["size"]), row["engine"]]
-        + [figure(row[key], decimals) for key, (_, decimals) in ROOFLINE_COLUMNS.items()]
-        for row in result["rows"]
-    ]
-    return [Table(["stage", "LR size", "engine", *(heading for heading, _ in ROOFLINE_COLUMNS.values())], rows)]
+    return [Table(*roofline_table(result))]
 
 
 def _scaling(result: dict[str, Any]) -> list[Table]:

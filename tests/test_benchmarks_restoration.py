@@ -68,7 +68,10 @@ def test_without_a_region_its_figures_are_none():
 def test_the_distance_is_of_the_damaged_and_of_the_restored_picture():
     hr, damaged, sr = (np.full((20, 20, 3), value, np.uint8) for value in (10, 40, 15))
     region = np.zeros((20, 20), bool)
-    distance = lambda a, b: float(np.abs(a.astype(float) - b).mean())  # noqa: E731
+
+    def distance(a, b):
+        return float(np.abs(a.astype(float) - b).mean())
+
     scores = restoration.score(sr, damaged, hr, region=region, distance=distance)
     assert (scores["damaged_lpips_like"], scores["restored_lpips_like"]) == (30, 5)
 

@@ -262,7 +262,7 @@ def write_loss_curve(entries: Sequence[Any], path: Path) -> None:
     charts += [(metric, is_log) for metric in found if metric.is_loss for is_log in (False, True)]
     with _drawing():
         rows = max(1, len(charts) // 2)
-        figure, places = _figure(rows, 2, size=(12, 3 * rows))
+        figure, places = new_figure(rows, 2, size=(12, 3 * rows))
         for place, chart in zip(places.flat, charts or [None, None], strict=True):
             if chart is None:
                 place.set_axis_off()
@@ -334,7 +334,7 @@ def metric_svg(metric: Metric, borders: Sequence[tuple[float, str]], *, is_log: 
     """Draw a metric as an SVG element for an HTML page, in the page's text colour; without a title."""
     buffer = io.BytesIO()
     with _drawing(salt=repr((metric.name, is_log))):
-        figure, places = _figure(1, 1, size=(6, 3))
+        figure, places = new_figure(1, 1, size=(6, 3))
         draw_metric(places[0, 0], metric, borders, is_log=is_log)
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     svg = buffer.getvalue().decode()
@@ -350,7 +350,7 @@ def write_rate_plot(rates: Sequence[float], losses: Sequence[float], suggestion:
     Raises: ResourceError if the file cannot be written.
     """
     with _drawing():
-        figure, axes = _figure(1, 1, size=(6, 4))
+        figure, axes = new_figure(1, 1, size=(6, 4))
         place = axes[0, 0]
         place.plot(rates, losses)
         place.set(xlabel="learning rate", ylabel="smoothed loss", xscale="log")
@@ -367,7 +367,7 @@ def write_comparison(curves: Sequence[tuple[str, Sequence[Curve | None]]], label
     Raises: ResourceError if the file cannot be written.
     """
     with _drawing():
-        figure, places = _figure(1, len(curves), size=(6 * len(curves), 4.5))
+        figure, places = new_figure(1, len(curves), size=(6 * len(curves), 4.5))
         shown: dict[str, Any] = {}
         for place, (title, run_curves) in zip(places[0], curves, strict=True):
             for index, (label, curve) in enumerate(zip(labels, run_curves, strict=True)):
@@ -427,7 +427,8 @@ def _drawing(*, salt: str = "") -> Iterator[None]:
             yield
 
 
-def _figure(rows: int, columns: int, *, size: tuple[float, float]) -> tuple[Figure, Any]:
+def new_figure(rows: int, columns: int, *, size: tuple[float, float]) -> tuple[Figure, Any]:
+    """Make a figure of `size` inches and its axes, an array (rows, columns). Raises: ImportError without matplotlib."""
     # The object interface needs no display and no global state, unlike pyplot.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
