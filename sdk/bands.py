@@ -23,6 +23,7 @@ def enlarge(
     window = Window(rows, size)
     first_rows = window.read(0, min(size[0], 1))
     plan = runner.plan(size, first_rows.dtype, tile)
+    meter.expect(plan.count * (2 if window.channels in (2, 4) else 1))
     runner.expect(plan, first_rows.dtype, meter)
     constants: deque[np.generic | None] = deque()  # of each row of windows: its alpha if that is not enlarged
     buffer = np.empty(0, first_rows.dtype)

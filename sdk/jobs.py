@@ -18,7 +18,7 @@ from . import animation, compare, files, large, memory, pipeline, pixels, resize
 from .animation import Animation, Frame
 from .errors import ImageError, OutOfMemory, SRError
 from .files import MAX_PIXELS, Metadata
-from .stats import Meter, Stats, shape_pixels
+from .stats import Meter, Progress, Stats, shape_pixels
 
 if TYPE_CHECKING:
     from .upscaler import Upscaler
@@ -33,7 +33,8 @@ class Options:
     """How files are enlarged and written.
 
     quality: of JPEG, WebP and AVIF. subsampling: of the colour of JPEG and AVIF. lossless: of WebP. factor, size:
-    as for Upscaler.upscale. max_pixels: of a source, 0 is no limit.
+    as for Upscaler.upscale. max_pixels: of a source, max_result_pixels: of a result, or of a frame of one; 0 or None is
+    no limit.
     """
 
     overwrite: bool = False
@@ -44,6 +45,7 @@ class Options:
     size: tuple[int | None, int | None] | None = None
     tile: int | None = None
     max_pixels: int | None = MAX_PIXELS
+    max_result_pixels: int | None = None
 
 
 @dataclass(frozen=True)
@@ -74,9 +76,9 @@ class Enlarged:
     spent: Stats | None = None
 
 
-def run_file(upscaler: Upscaler, job: Job, options: Options) -> None:
-    """Enlarge one file. Raises: SRError; no partial file stays."""
-    steps = Steps(upscaler, options)
+def run_file(upscaler: Upscaler, job: Job, options: Options, *, progress: Progress | None = None) -> None:
+    """Enlarge one file. Raises: SRError, and what `progress` raises; no partial file stays."""
+    steps = Steps(upscaler, options, progress)
     steps.encode(job, steps.decode(job)())
 
 
@@ -107,6 +109,7 @@ class Steps:
 
     upscaler: Upscaler
     options: Options
+    progress: Progress | None = None
 
     def decode(self, job: Job) -> Callable[[], Enlarged]:
         """Read a still picture, or open an animation; refuse what cannot be done before the work.
@@ -120,6 +123,7 @@ class Steps:
         for target in filter(os.path.lexists, job.targets):
             files.check_output(target, overwrite=options.overwrite)
         if self._is_streamed(job):
+            self._check_result(job, self._target_size(large.read_header(job.source, max_pixels=None).size))
             return partial(self._stream, job)
         with meter.part("decode"):
             moving = animation.read(job.source, max_pixels=options.max_pixels)
@@ -180,6 +184,7 @@ class Steps:
     def _check(self, job: Job, size: tuple[int, int], pixel_bytes: int) -> tuple[int, int]:
         """Refuse a size or destination that cannot be; give the size of the result."""
         wanted, scale = self._target_size(size), self.upscaler.scale
+        self._check_result(job, wanted)
         grown = scale ** resize.count_passes(size, wanted, scale=scale)
         # Without a pass the picture itself, which is there already, would be the larger one.
         height, width = max((size[0] * grown, size[1] * grown), wanted, key=math.prod) if grown > 1 else wanted
@@ -193,13 +198,23 @@ class Steps:
             files.check_output(target, overwrite=self.options.overwrite)
         return wanted
 
+    def _check_result(self, job: Job, wanted: tuple[int, int]) -> None:
+        """Raises: ImageError if the result would be larger than the limit."""
+        limit = self.options.max_result_pixels
+        if limit and math.prod(wanted) > limit:
+            height, width = wanted
+            raise ImageError(
+                f"{job.source}: would become {width} x {height} pixels, and results have at most {limit} pixels; ask "
+                "for a smaller factor or size, or send a smaller picture"
+            )
+
     def _stream(self, job: Job) -> Enlarged:
         with _named(job):
-            large.enlarge(self.upscaler, job.source, job.target, self.options)
+            large.enlarge(self.upscaler, job.source, job.target, self.options, progress=self.progress)
         return Enlarged()
 
     def _enlarge_still(self, job: Job, image: np.ndarray, metadata: Metadata, spent: Stats) -> Enlarged:
-        meter = Meter()
+        meter = Meter(self.progress)
         with _named(job):
             result = self._enlarge(image, meter)
         shown = (image, result) if job.panel else None
@@ -207,7 +222,10 @@ class Steps:
 
     def _enlarge_frames(self, job: Job, source: Animation, spent: Stats) -> Enlarged:
         """Enlarge and write frame by frame; the last one is shown."""
-        meter, shown = Meter(), None
+        meter, shown = Meter(self.progress), None
+        passes = resize.count_passes(source.size, self._target_size(source.size), scale=self.upscaler.scale)
+        shape, eight_bits = (*source.size, 4), np.dtype(np.uint8)
+        meter.expect(source.count * self.upscaler.count_windows(shape, eight_bits, self.options.tile, passes=passes))
 
         def frames() -> Iterator[Frame]:
             nonlocal shown

@@ -23,7 +23,7 @@ from PIL import Image
 from . import files, opening, png, resize, tiff, vips
 from .errors import ImageError, OptionError, OutputError, SRError
 from .opening import Metadata
-from .stats import Meter
+from .stats import Meter, Progress
 
 if TYPE_CHECKING:
     from .jobs import Options
@@ -80,13 +80,15 @@ def is_large(source: Path, target: Path, *, scale: int) -> bool:
     return header.bytes * scale**2 > LARGE_BYTES
 
 
-def enlarge(upscaler: Upscaler, source: Path, target: Path, options: Options) -> None:
+def enlarge(
+    upscaler: Upscaler, source: Path, target: Path, options: Options, *, progress: Progress | None = None
+) -> None:
     """Enlarge one file by the model's scale, band by band; metadata and orientation as `files` does.
 
     Raises: ImageError if the source is damaged or of a kind that is not streamed; OutputError; OptionError for another
     factor or size, or JPEG in 4:2:2; BackendUnavailable without pyvips; BackendError. No partial file stays.
     """
-    meter = Meter()
+    meter = Meter(progress)
     options = replace(options, quality=files.check_quality(options.quality))
     files.check_subsampling(options.subsampling)
     files.check_output(target, overwrite=options.overwrite)

@@ -15,6 +15,7 @@ import numpy as np
 from . import device_arrays, memory, pipeline, planes, tiling
 from .backends import Backend, Request, open_backend
 from .errors import BackendError, OptionError, OutOfMemory
+from .sharing import SharedBatches
 from .stats import Meter
 
 LOG = logging.getLogger(__name__)
@@ -33,11 +34,19 @@ class Runner:
 
     request: of the engine for 8-bit pictures; the one for others is opened when it is first needed, in fp32.
     batch: windows run at once, None is what the engine likes. memory_mib: for activations, None is automatic.
+    shares: windows of calls in several threads may stand in one batch.
     Thread-safe.
     """
 
     def __init__(
-        self, backend: str, request: Request, *, overlap: tiling.Overlap, batch: int | None, memory_mib: int | None
+        self,
+        backend: str,
+        request: Request,
+        *,
+        overlap: tiling.Overlap,
+        batch: int | None,
+        memory_mib: int | None,
+        shares: bool = False,
     ):
         self.stage, self.scale, self.overlap = request.stage, request.scale, overlap
         self._request = request
@@ -46,8 +55,12 @@ class Runner:
         self._process = os.getpid()
         main = open_backend(backend, request)
         self.backends: dict[str, Backend] = {"uint8": main}
-        self._lanes = pipeline.Lanes(main.lanes) if main.lanes > 1 else None
         self.batch = min(batch or main.batch, main.max_batch or sys.maxsize)
+        self._shares = shares and self.batch > 1
+        self._shared: dict[str, SharedBatches] = {}
+        # With shared batches, as many threads as can stand in one.
+        threads = main.lanes * (self.batch if self._shares else 1)
+        self._lanes = pipeline.Lanes(threads) if main.lanes > 1 else None
         # Read once: the same picture is cut the same way, whatever else runs later.
         self._too_large: int | None = None  # window pixels that an engine ran out of memory with
         self.window_pixels = max(
@@ -294,7 +307,7 @@ class Runner:
 
     def _checked_run(self, inputs: np.ndarray) -> np.ndarray:
         backend = self._backend_for(inputs.dtype)
-        outputs = backend.run(inputs)
+        outputs = self._shared_batches(backend, inputs.dtype).run(inputs) if self._shares else backend.run(inputs)
         count, height, width, _ = inputs.shape
         expected = (count, height * self.scale, width * self.scale, 3)
         if outputs.shape != expected or outputs.dtype != inputs.dtype:
@@ -307,6 +320,12 @@ class Runner:
                 "use precision='fp32' or another stage"
             )
         return outputs
+
+    def _shared_batches(self, backend: Backend, dtype: np.dtype) -> SharedBatches:
+        with self._lock:
+            return self._shared.setdefault(
+                str(dtype), SharedBatches(backend.run, lanes=backend.lanes, most=lambda: self.batch)
+            )
 
     def _has_nan(self, inputs: np.ndarray, outputs: np.ndarray) -> bool:
         """Tell whether a network computed NaN or infinity, which a graph with 8-bit ends turns into black."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import TypeVar
@@ -12,6 +12,7 @@ from typing import TypeVar
 import numpy as np
 
 Item = TypeVar("Item")
+Progress = Callable[[float], object]  # given the share of a picture's windows that have been run, 0 to 1
 
 
 @dataclass(frozen=True)
@@ -42,17 +43,36 @@ class Stats:
 
 
 class Meter:
-    """Adds up what one picture costs, from any thread."""
+    """Adds up what one picture costs, from any thread, and tells how far it is.
 
-    def __init__(self) -> None:
+    progress: called when it is known how many windows there will be, and after each batch of them, in the thread that
+    ran it; what it raises ends the work.
+    """
+
+    def __init__(self, progress: Progress | None = None) -> None:
         self._started = time.perf_counter()
         self._total = Stats()
         self._lock = threading.Lock()
+        self._progress = progress
+        self._expected = 0  # windows; 0 is not known yet
+
+    def expect(self, tiles: int) -> None:
+        """Set how many windows there will be, unless that has been set for a whole that this is a part of."""
+        if not self._expected:
+            self._expected = tiles
+            self._tell()
 
     def add(self, *, tiles: int = 0, pixels: int = 0, retries: int = 0) -> None:
         """Add to the counts."""
         with self._lock:
             self._total += Stats(tiles=tiles, pixels=pixels, retries=retries)
+        if tiles:
+            self._tell()
+
+    def _tell(self) -> None:
+        if self._progress and self._expected:
+            # A picture that is cut smaller for lack of memory has more windows than were expected.
+            self._progress(min(1.0, self._total.tiles / self._expected))
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:

@@ -18,7 +18,7 @@ from .bundle import Bundle
 from .errors import ImageError, OptionError, OutOfMemory, SRError
 from .planes import Planes
 from .runner import Runner
-from .stats import Meter, Stats, shape_pixels
+from .stats import Meter, Progress, Stats, shape_pixels
 
 Picture = TypeVar("Picture", np.ndarray, Image.Image)
 
@@ -40,7 +40,9 @@ class Upscaler:
     stage: resolution stage of the bundle; "auto" is the last one trained, whatever the picture's size.
     seams: the halo is the one measured at export to keep tiles within 1 code value of the untiled result in fp32
         ("exact"), or within 4 and cross-faded ("fast").
-    batch: windows run at once, or "auto".
+    batch: windows run at once, or "auto". share_batches: windows of calls in several threads may stand in one batch,
+        which fills a GPU with small pictures; an engine whose results depend on what else is in its batch (none on the
+        CPU) may then give pixels that differ by a code value from call to call.
     memory_mib: what the engine's activations may take; it sets how large a piece is run at once. "auto" is enough for
         little overlap, and at most a quarter of the memory that is free now.
     on_picture: called with the Stats of each picture that is done, in the thread that made it; what it raises
@@ -60,6 +62,7 @@ class Upscaler:
         stage: str = "auto",
         seams: str = "exact",
         batch: int | str = "auto",
+        share_batches: bool = False,
         memory_mib: int | str = "auto",
         on_picture: Callable[[Stats], None] | None = None,
     ):
@@ -80,7 +83,9 @@ class Upscaler:
             fade=tiling.fade_width(chosen.stride) if seams == "fast" and chosen.halo else 0,
         )
         request = Request(self._bundle.folder, chosen, self.scale, "uint8", device, precision)
-        self._runner = Runner(backend, request, overlap=overlap, batch=wanted_batch, memory_mib=wanted_mib)
+        self._runner = Runner(
+            backend, request, overlap=overlap, batch=wanted_batch, memory_mib=wanted_mib, shares=share_batches
+        )
 
     @property
     def scale(self) -> int:
@@ -123,6 +128,7 @@ class Upscaler:
         *,
         factor: float | None = None,
         size: tuple[int | None, int | None] | None = None,
+        progress: Progress | None = None,
     ) -> Picture:
         """Enlarge one picture by `scale`, or to another factor or size.
 
@@ -132,6 +138,8 @@ class Upscaler:
         tile: side of a tile in LR pixels, without its halo; None runs in one piece where that fits in memory.
         factor, size: instead of `scale`; size is (height, width) of the result, one of which may be None to keep the
         shape. The network is applied as often as comes nearest, then one antialiased resize gives the exact size.
+        progress: called with the share of the windows that have been run, 0 to 1, in the threads that run them; what it
+        raises ends the work and comes out here.
         Returns: the same type, dtype and channels, a new array or picture of (H*scale, W*scale). PIL palettes, CMYK and
         the like become RGB or RGBA; ICC profile and EXIF stay in `info`, and an orientation in it is not applied.
         Raises: ImageError for anything else; OptionError for another tile, factor or size; OutOfMemory or another
@@ -139,7 +147,7 @@ class Upscaler:
         uint8 runs as it is; uint16 and float32 run in fp32, whatever the precision of the 8-bit path.
         Thread-safe; blocks until done.
         """
-        meter = Meter()
+        meter = Meter(progress)
         result = self.upscale_metered(image, tile, factor=factor, size=size, meter=meter)
         self.record(meter.stats())
         return result
@@ -209,13 +217,14 @@ class Upscaler:
         size: tuple[int | None, int | None] | None = None,
         tile: int | None = None,
         max_pixels: int | None = files.MAX_PIXELS,
+        progress: Progress | None = None,
     ) -> None:
         """Enlarge a file; ICC profile and EXIF are kept, orientation is applied, animations stay animated.
 
         overwrite: replace an existing file. quality: of JPEG, WebP and AVIF, 1 to 100. subsampling: of the colour of
         JPEG and AVIF, "4:4:4", "4:2:2" or "4:2:0". lossless: of WebP, instead of a quality.
-        factor, size, tile: as for `upscale`. max_pixels: larger sources are refused; 0 or None is no limit, and lets
-        very large results be streamed.
+        factor, size, tile, progress: as for `upscale`. max_pixels: larger sources are refused; 0 or None is no limit,
+        and lets very large results be streamed.
         Raises: ImageError for an unreadable source, OutputError for an unwritable destination, OptionError for another
         option, BackendError if the engine fails; no partial file stays.
         """
@@ -223,7 +232,7 @@ class Upscaler:
             overwrite=overwrite, quality=quality, subsampling=subsampling, lossless=lossless, factor=factor, size=size,
             tile=tile, max_pixels=max_pixels,
         )  # fmt: skip
-        jobs.run_file(self, jobs.Job(Path(src), Path(dst)), options)
+        jobs.run_file(self, jobs.Job(Path(src), Path(dst)), options, progress=progress)
 
     def upscale_many(
         self, images: Iterable[np.ndarray | Image.Image | str | Path]
@@ -316,11 +325,19 @@ class Upscaler:
         wanted = resize.target_size(image.shape[:2], scale=self.scale, factor=factor, size_wanted=size)
         result = image
         with _memory_errors(image.shape):
-            for _ in range(resize.count_passes(image.shape[:2], wanted, scale=self.scale)):
+            passes = resize.count_passes(image.shape[:2], wanted, scale=self.scale)
+            meter.expect(self.count_windows(image.shape, image.dtype, tile, passes=passes))
+            for _ in range(passes):
                 result = self._pass(result, tile, meter)
             result = resize.resize(result, wanted)
         meter.add(pixels=shape_pixels(image))
         return result
+
+    def count_windows(self, shape: tuple[int, ...], dtype: np.dtype, tile: int | None, *, passes: int) -> int:
+        """Tell how many windows an array will be cut into, those of alpha among them, in all passes."""
+        sizes = [(shape[0] * self.scale**done, shape[1] * self.scale**done) for done in range(passes)]
+        pictures = 2 if len(shape) == 3 and shape[2] in (2, 4) else 1
+        return pictures * sum(self._runner.plan(size, dtype, tile).count for size in sizes)
 
     def _upscale_on_device(self, image: Any, tile: int | None, meter: Meter) -> Any:
         if self._runner.overlap.fade:
