@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -29,7 +30,10 @@ OPTIONAL = {
     "sdk/vips.py": {"pyvips"},
     "sdk/video": {"av"},
     "sdk/cli.py": {"click"},
+    "sdk/serve": {"click", "fastapi", "fastapi_offline", "starlette", "pydantic", "prometheus_client", "uvicorn"},
 }
+# Commands, which nobody imports: what they stand on is imported first.
+COMMANDS = ("sdk/cli.py", "sdk/serve/")
 TORCH_FREE_BENCHMARKS = {"cli", "demo", "report", "machine"}
 
 
@@ -80,7 +84,15 @@ def test_the_runtime_stands_on_numpy_and_pillow():
 def test_optional_packages_are_imported_only_when_used():
     for path in sources("sdk"):
         name = path.relative_to(ROOT).as_posix()
-        assert not imports(path, top_level=True) & (optional(name) - {"click"}), name
+        if not name.startswith(COMMANDS):
+            assert not imports(path, top_level=True) & optional(name), name
+
+
+def test_the_runtime_knows_nothing_of_its_commands():
+    for path in sources("sdk"):
+        name = path.relative_to(ROOT).as_posix()
+        if not name.startswith(COMMANDS):
+            assert not re.search(r"from \.+(cli|serve)\b|from \.+ import .*\b(cli|serve)\b", path.read_text()), name
 
 
 def test_benchmarks_import_torch_and_train_only_inside_functions():
@@ -91,7 +103,7 @@ def test_benchmarks_import_torch_and_train_only_inside_functions():
 
 def test_sdk_imports_with_training_and_engines_blocked():
     blocked = ["torch", "torchvision", "onnx", "onnxruntime", "openvino", "tensorrt", "pyvips", "av"]
-    blocked += ["click", "safetensors", "matplotlib"]
+    blocked += ["click", "safetensors", "matplotlib", "fastapi", "pydantic"]
     code = f"import sys\nfor name in {blocked!r}: sys.modules[name] = None\nimport sdk; sdk.Upscaler; sdk.Bundle"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 

@@ -56,7 +56,9 @@ def test_the_wheel_carries_models_recipes_pictures_and_types(wheel):
     recipes = {path.relative_to(ROOT).as_posix() for path in (ROOT / "train" / "recipes").glob("*.toml")}
     pictures = {path.relative_to(ROOT).as_posix() for path in (ROOT / "export" / "pictures").glob("*")}
     assert "sdk/models/fast-x2/manifest.json" in shipped
-    assert shipped | recipes | pictures | {"sdk/py.typed"} <= files
+    page = {path.relative_to(ROOT).as_posix() for path in (ROOT / "sdk" / "serve" / "page").glob("*")}
+    assert "sdk/serve/page/index.html" in page
+    assert shipped | recipes | pictures | page | {"sdk/py.typed"} <= files
 
 
 def test_the_wheel_holds_every_module_and_no_test(wheel):
@@ -75,6 +77,7 @@ def test_the_commands_exist(wheel):
         "sr-export",
         "sr-upscale",
         "sr-bench",
+        "sr-serve",
     }
 
 

@@ -1,0 +1,90 @@
+"""How a picture comes in from a client, and how its result is waited for."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+from fastapi import Request
+from starlette.datastructures import UploadFile
+
+from .orders import Failure, Stopped, Watch
+from .requests import discard
+
+
+async def receive(request: Request, source: Path, *, limit_s: float) -> None:
+    """Write what a client sends, as a form's field `file` or as the body itself, to a new file.
+
+    limit_s: for all of it. Raises: Failure, and leaves no file.
+    """
+    try:
+        with source.open("xb") as stream:
+            async for part in _in_time(_parts(request), limit_s):
+                stream.write(part)
+        if source.stat().st_size == 0:
+            raise Failure(422, "nothing was sent: post the picture's bytes, or a form with a field 'file'")
+    except BaseException as exc:
+        source.unlink(missing_ok=True)
+        if isinstance(exc, OSError):
+            raise Failure(507, f"the picture cannot be kept ({exc.strerror})") from exc
+        raise
+
+
+async def _parts(request: Request) -> AsyncIterator[bytes]:
+    if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
+        async for part in request.stream():
+            yield part
+        return
+    # Starlette answers 400 to what is no form.
+    async with request.form(max_files=1, max_fields=10) as form:
+        sent = form.get("file")
+        if not isinstance(sent, UploadFile):
+            raise Failure(422, "the form has no field 'file' with a file")
+        while part := await sent.read(1 << 20):
+            yield part
+
+
+async def _in_time(parts: AsyncIterator[bytes], limit_s: float) -> AsyncIterator[bytes]:
+    """Pass parts on. Raises: Failure if they take longer altogether."""
+    clock = asyncio.get_running_loop().time
+    ends = clock() + limit_s
+    while True:
+        try:
+            yield await asyncio.wait_for(anext(parts), ends - clock())
+        except StopAsyncIteration:
+            return
+        except asyncio.TimeoutError as exc:
+            raise Failure(408, f"the picture did not come within {limit_s:g} s") from exc
+
+
+async def wait(request: Request, future: Future[Path], watch: Watch) -> Path | None:
+    """Wait for a result; None if the client has left, upon which the work stops.
+
+    Raises: Failure.
+    """
+    done = asyncio.wrap_future(future)
+    left: asyncio.Future[None] = asyncio.ensure_future(_disconnected(request))
+    either: set[asyncio.Future[Any]] = {done, left}
+    try:
+        await asyncio.wait(either, timeout=watch.limit_s, return_when=asyncio.FIRST_COMPLETED)
+        if done.done():
+            return done.result()
+        if left.done():
+            return None
+        raise watch.too_late()
+    except Stopped:
+        return None
+    finally:
+        left.cancel()
+        if not done.done():
+            watch.stop()
+            done.cancel()
+            discard(future)
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,393 @@
+"""POST /v1/upscale: the pixels of Upscaler, whatever a client sends, and what it is told otherwise."""
+
+from __future__ import annotations
+
+import io
+import logging
+import re
+import socket
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import bundles
+import numpy as np
+import pytest
+from PIL import Image
+
+pytest.importorskip("onnxruntime")
+pytest.importorskip("fastapi")
+
+import serving
+from serving import photo, until
+
+from sdk import OutOfMemory, OutputError, Upscaler
+from sdk.serve import models as serve_models
+from sdk.serve.orders import MEDIA_TYPES
+
+
+@pytest.fixture(scope="module")
+def upscaler():
+    with Upscaler(bundles.shared("blur"), backend="onnxruntime", device="cpu") as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    return serving.make_server(
+        tmp_path_factory.mktemp("state"), max_body_mib=1, max_pixels=10_000, max_result_pixels=90_000
+    )
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    with serving.client(server) as made:
+        yield made
+
+
+@pytest.fixture
+def open_client(tmp_path):
+    """Give `open_client(**options)`, a client of a server of its own, which ends with the test."""
+    opened = []
+
+    def make(**options: object):
+        made = serving.make_server(tmp_path / f"state{len(opened)}", **options)
+        context = serving.client(made)
+        opened.append(context)
+        return context.__enter__(), made
+
+    yield make
+    for context in opened:
+        context.__exit__(None, None, None)
+
+
+def encoded(image: np.ndarray, kind: str = "PNG", **options: object) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(image).save(stream, kind, **options)
+    return stream.getvalue()
+
+
+def decoded(data: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(data)))
+
+
+def left_files(server) -> list[str]:
+    return [path.name for path in server.models.new_file("x").parent.iterdir()]
+
+
+def test_the_pixels_are_those_of_upscaler(client, upscaler):
+    image = photo()
+    answer = client.post("/v1/upscale", content=encoded(image))
+    assert answer.status_code == 200
+    assert answer.headers["content-type"] == "image/png"
+    np.testing.assert_array_equal(decoded(answer.content), upscaler.upscale(image))
+
+
+def test_a_form_and_a_body_give_the_same_file_as_upscale_file(client, upscaler, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned
+    data = encoded(photo(), "JPEG", quality=90, exif=exif)
+    (tmp_path / "in.jpg").write_bytes(data)
+    upscaler.upscale_file(tmp_path / "in.jpg", tmp_path / "out.png")
+    expected = (tmp_path / "out.png").read_bytes()
+    assert decoded(expected).shape == (60, 48, 3)
+    assert client.post("/v1/upscale", content=data).content == expected
+    assert client.post("/v1/upscale", files={"file": ("../../etc/passwd", data, "text/html")}).content == expected
+
+
+@pytest.mark.parametrize(
+    "declared", ["application/json", "image/png", "text/html", "application/x-www-form-urlencoded"]
+)
+def test_content_tells_what_is_sent_and_not_the_header(client, upscaler, declared):
+    image = photo()
+    answer = client.post("/v1/upscale", content=encoded(image, "BMP"), headers={"Content-Type": declared})
+    np.testing.assert_array_equal(decoded(answer.content), upscaler.upscale(image))
+
+
+@pytest.mark.parametrize("kind", MEDIA_TYPES)
+def test_every_format_comes_back_as_what_it_says(client, kind):
+    answer = client.post("/v1/upscale", params={"format": kind}, content=encoded(photo()))
+    assert answer.status_code == 200, answer.text
+    assert answer.headers["content-type"] == f"image/{kind}"
+    opened = Image.open(io.BytesIO(answer.content))
+    assert (opened.format.lower(), opened.size) == (kind, (60, 48))
+
+
+def test_a_factor_and_a_quality(client, upscaler):
+    image = photo()
+    answer = client.post("/v1/upscale", params={"factor": 1.5}, content=encoded(image))
+    np.testing.assert_array_equal(decoded(answer.content), upscaler.upscale(image, factor=1.5))
+    small, large = (
+        client.post("/v1/upscale", params={"format": "jpeg", "quality": quality}, content=encoded(image)).content
+        for quality in (10, 100)
+    )
+    assert len(small) < len(large) / 2
+
+
+def test_deep_alpha_and_moving_pictures_stay_what_they_are(client, upscaler, tmp_path):
+    Image.fromarray(np.arange(600, dtype=np.uint16).reshape(20, 30) * 100).save(tmp_path / "deep.png")
+    answer = client.post("/v1/upscale", content=(tmp_path / "deep.png").read_bytes())
+    assert Image.open(io.BytesIO(answer.content)).mode == "I;16"
+    image = photo(channels=4)
+    answer = client.post("/v1/upscale", content=encoded(image))
+    np.testing.assert_array_equal(decoded(answer.content), upscaler.upscale(image))
+    frames = [Image.fromarray(photo(seed=seed)) for seed in range(3)]
+    frames[0].save(tmp_path / "in.gif", save_all=True, append_images=frames[1:], duration=[50, 60, 70])
+    answer = client.post("/v1/upscale", content=(tmp_path / "in.gif").read_bytes())
+    assert Image.open(io.BytesIO(answer.content)).n_frames == 3
+
+
+@pytest.mark.parametrize(
+    ("params", "told"),
+    [
+        ({"model": "../../etc"}, "model '../../etc': this server has blur"),
+        ({"model": str(bundles.shared("unet"))}, "this server has blur"),
+        ({"scale": 4}, "Extra inputs are not permitted"),
+        ({"factor": "nan"}, "finite number"),
+        ({"factor": 0}, "greater than 0"),
+        ({"factor": 65}, "less than or equal to 64"),
+        ({"factor": 16}, "the picture: would become 480 x 384 pixels, and results have at most 90000"),
+        ({"format": "exe"}, "Input should be"),
+        ({"format": "../x"}, "Input should be"),
+        ({"quality": 0}, "greater than or equal to 1"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_ordered_is_refused(client, params, told):
+    answer = client.post("/v1/upscale", params=params, content=encoded(photo()))
+    assert answer.status_code == 422
+    assert told in answer.text
+
+
+@pytest.mark.parametrize(
+    ("data", "told"),
+    [
+        (b"", "nothing was sent"),
+        (b"hello", "the picture: not a picture in a known format"),
+        (encoded(photo())[:200], "the picture: "),
+        (encoded(photo(101, 100)), "10000"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n", "the picture: not a picture in a known format"),
+    ],
+)  # fmt: skip
+def test_what_is_no_good_picture_is_refused(client, server, data, told):
+    answer = client.post("/v1/upscale", content=data)
+    assert answer.status_code == 422
+    assert told in answer.json()["detail"]
+    assert "/" not in answer.json()["detail"]  # no path of the server
+    assert left_files(server) == []
+
+
+@pytest.mark.parametrize(
+    "form",
+    [{"files": {"other": encoded(photo())}}, {"data": {"file": "text"}},
+     {"files": [("file", encoded(photo())), ("file", encoded(photo()))]},
+     {"content": b"--x\r\nrubbish", "headers": {"Content-Type": "multipart/form-data; boundary=x"}},
+     {"content": b"rubbish", "headers": {"Content-Type": "multipart/form-data"}}],
+)  # fmt: skip
+def test_a_form_without_one_file_is_refused(client, server, form):
+    answer = client.post("/v1/upscale", **form)
+    assert answer.status_code in (400, 422)
+    assert re.search("form|boundary|files", answer.json()["detail"])
+    assert left_files(server) == []
+
+
+@pytest.mark.parametrize("route", ["/v1/upscale", "/v1/jobs"])
+def test_a_body_beyond_the_limit_is_refused_announced_or_not(client, server, route):
+    data = bytes(1 << 20) + b"x"
+    answer = client.post(route, content=data)
+    assert answer.status_code == 413
+    assert answer.json()["detail"] == "the body has more than 1048576 bytes"
+    assert client.post(route, content=iter([data[:100], data[100:]])).status_code == 413  # in chunks
+    assert client.post(route, files={"file": data}).status_code == 413
+    assert left_files(server) == []
+
+
+def test_a_format_that_cannot_hold_the_picture_is_the_clients_fault(client):
+    answer = client.post("/v1/upscale", params={"format": "jpeg"}, content=encoded(photo(channels=4)))
+    assert (answer.status_code, answer.json()["detail"]) == (
+        422, "the result: JPEG has no alpha channel; write PNG, WebP, AVIF or TIFF",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("failure", "status"),
+    [(OutOfMemory("no memory"), 503), (OutputError("disk"), 422), (OSError(28, "No space left on device"), 507)],
+)
+def test_failures_of_the_server_have_their_status(client, server, monkeypatch, failure, status):
+    def run_file(*arguments: object, **options: object) -> None:
+        if isinstance(failure, OSError):
+            raise OutputError("the file cannot be written") from failure
+        raise failure
+
+    monkeypatch.setattr(serve_models.jobs, "run_file", run_file)
+    assert client.post("/v1/upscale", content=encoded(photo())).status_code == status
+    assert left_files(server) == []
+
+
+class Slow:
+    """Takes the place of the work: goes on until it is let go or stopped."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        self.begun, self.go, self.ended = threading.Semaphore(0), threading.Event(), threading.Event()
+        run_file = serve_models.jobs.run_file
+
+        def slow(upscaler, job, options, *, progress):
+            self.begun.release()
+            try:
+                while not self.go.wait(0.01):
+                    progress(0.5)
+            except BaseException:
+                self.ended.set()
+                raise
+            run_file(upscaler, job, options, progress=progress)
+
+        monkeypatch.setattr(serve_models.jobs, "run_file", slow)
+
+
+def test_too_many_requests_are_told_when_to_come_again(open_client, monkeypatch):
+    slow = Slow(monkeypatch)
+    client, server = open_client(workers=1, places=2)
+    with ThreadPoolExecutor(2) as pool:
+        held = [pool.submit(client.post, "/v1/upscale", content=encoded(photo())) for _ in range(2)]
+        until(lambda: server.desk.taken == 2)
+        refused = client.post("/v1/upscale", content=encoded(photo()))
+        assert refused.status_code == 429
+        assert 1 <= int(refused.headers["retry-after"]) <= 60
+        assert client.post("/v1/jobs", content=encoded(photo())).status_code == 429
+        assert client.get("/healthz").status_code == 200
+        slow.go.set()
+        assert [future.result().status_code for future in held] == [200, 200]
+    assert client.post("/v1/upscale", content=encoded(photo())).status_code == 200
+
+
+def test_work_that_takes_too_long_is_ended(open_client, monkeypatch):
+    slow = Slow(monkeypatch)
+    client, server = open_client(request_s=0.2)
+    answer = client.post("/v1/upscale", content=encoded(photo()))
+    assert answer.status_code == 504
+    assert answer.json()["detail"] == "not done within 0.2 s: send a smaller picture, or post it to /v1/jobs"
+    assert slow.ended.wait(serving.WAIT_S)
+    until(lambda: left_files(server) == [])
+
+
+def test_work_for_a_client_that_leaves_is_ended(open_client, monkeypatch):
+    slow = Slow(monkeypatch)
+    client, server = open_client(workers=1)
+    data = encoded(photo())
+    head = f"POST /v1/upscale HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n\r\n".encode()
+    address = client.base_url.host, client.base_url.port
+    with socket.create_connection(address) as working, socket.create_connection(address) as waiting:
+        working.sendall(head + data)
+        assert slow.begun.acquire(timeout=serving.WAIT_S)
+        waiting.sendall(head + data)
+        until(lambda: server.desk.taken == 2)
+    assert slow.ended.wait(serving.WAIT_S)
+    until(lambda: server.desk.taken == 0)
+    until(lambda: left_files(server) == [])
+    assert not slow.begun.acquire(blocking=False)  # the one that waited never began
+
+
+def test_a_body_that_does_not_come_gives_its_place_back(open_client):
+    client, server = open_client(receive_s=0.2)
+    with socket.create_connection((client.base_url.host, client.base_url.port)) as connection:
+        connection.sendall(b"POST /v1/upscale HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\nhello")
+        connection.settimeout(serving.WAIT_S)
+        assert connection.recv(4096).startswith(b"HTTP/1.1 408")
+    until(lambda: server.desk.taken == 0)
+    assert left_files(server) == []
+
+
+def test_only_those_with_a_key_are_served(open_client):
+    client, _ = open_client(keys=("first", "second"))
+    data = encoded(photo())
+    for headers in (
+        {},
+        {"Authorization": "Bearer wrong"},
+        {"Authorization": "Basic first"},
+        {"Authorization": "Bearer"},
+    ):
+        for answer in (
+            client.post("/v1/upscale", content=data, headers=headers),
+            client.post("/v1/jobs", content=data, headers=headers),
+            client.get("/v1/models", headers=headers),
+            client.get("/v1/jobs/x", headers=headers),
+            client.delete("/v1/jobs/x", headers=headers),
+            client.get("/metrics", headers=headers),
+        ):
+            assert answer.status_code == 401, answer.request.url
+            assert answer.headers["www-authenticate"] == "Bearer"
+    for key in ("first", "second"):
+        assert client.post("/v1/upscale", content=data, headers={"Authorization": f"Bearer {key}"}).status_code == 200
+    for path in ("/", "/healthz", "/readyz"):
+        assert client.get(path).status_code == 200
+
+
+def test_pages_of_other_sites_cannot_have_work_done(client):
+    answer = client.post("/v1/upscale", content=encoded(photo()), headers={"Sec-Fetch-Site": "cross-site"})
+    assert answer.status_code == 403
+    answer = client.post("/v1/upscale", content=encoded(photo()), headers={"Sec-Fetch-Site": "same-origin"})
+    assert answer.status_code == 200
+
+
+def test_the_page_may_load_nothing_from_elsewhere(client):
+    for path in ("/", "/app.js", "/style.css", "/docs", "/redoc", "/v1/models"):
+        answer = client.get(path)
+        assert answer.status_code == 200
+        assert answer.headers["x-content-type-options"] == "nosniff"
+        policy = answer.headers["content-security-policy"]
+        assert "default-src 'none'" in policy
+        assert "http" not in policy
+    for path in ("/", "/app.js", "/style.css"):
+        assert "://" not in client.get(path).text.replace("http://www.w3.org/2000/svg", "")
+
+
+@pytest.mark.parametrize(
+    "path", ["/../pyproject.toml", "/%2e%2e/app.py", "/..%2fapp.py", "//etc/passwd", "/v1/jobs/..%2f"]
+)
+def test_no_path_leads_out_of_the_page(client, path):
+    assert client.get(path).status_code == 404
+
+
+def test_metrics_tell_what_was_done(open_client):
+    client, _ = open_client()
+    client.post("/v1/upscale", content=encoded(photo()))
+    client.post("/v1/upscale", content=b"hello")
+    client.get("/nothing/here")
+    lines = client.get("/metrics").text.splitlines()
+    assert 'sr_http_requests_total{method="POST",route="/v1/upscale",status="200"} 1.0' in lines
+    assert 'sr_http_requests_total{method="POST",route="/v1/upscale",status="422"} 1.0' in lines
+    assert 'sr_http_requests_total{method="GET",route="other",status="404"} 1.0' in lines
+    assert 'sr_pictures_total{model="blur"} 1.0' in lines
+    assert 'sr_pixels_total{model="blur"} 720.0' in lines
+    assert 'sr_jobs{state="queued"} 0.0' in lines
+    assert "sr_requests_taken 0.0" in lines
+
+
+def test_the_models_are_listed_the_default_first(open_client):
+    client, _ = open_client(models=(str(bundles.shared("unet")), str(bundles.shared("blur"))))
+    listed = client.get("/v1/models").json()
+    assert [(model["name"], model["scale"], model["default"]) for model in listed] == [
+        ("unet", 2, True), ("blur", 2, False),
+    ]  # fmt: skip
+    image = photo()
+    results = [client.post("/v1/upscale", params=params, content=encoded(image)) for params in ({}, {"model": "blur"})]
+    assert results[0].content != results[1].content
+
+
+def test_many_clients_at_once_get_each_their_own_picture(open_client, upscaler, caplog):
+    caplog.set_level(logging.WARNING)
+    client, server = open_client(batch=4)
+    images = [photo(24 + number % 3, 30, seed=number) for number in range(50)]
+
+    def ask(image: np.ndarray) -> bytes:
+        while (answer := client.post("/v1/upscale", content=encoded(image))).status_code == 429:
+            pass
+        assert answer.status_code == 200, answer.text
+        return answer.content
+
+    with ThreadPoolExecutor(50) as pool:
+        for _ in range(4):
+            for image, result in zip(images, pool.map(ask, images), strict=True):
+                np.testing.assert_array_equal(decoded(result), upscaler.upscale(image))
+    assert server.desk.taken == server.desk.working == 0
+    assert left_files(server) == []
+    assert Path(server.models.new_file("x")).parent.is_dir()
