@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import signal
@@ -17,9 +18,12 @@ from pathlib import Path
 import bundles
 import httpx
 import numpy as np
+import pytest
 import uvicorn
+from PIL import Image
 
 from sdk.errors import SRError
+from sdk.serve import models as serve_models
 from sdk.serve.app import build_app
 from sdk.serve.options import Options
 from sdk.serve.server import Server
@@ -71,8 +75,8 @@ class Command:
         environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
         started = self._log.tell()
         self.process = subprocess.Popen(command, stderr=self._log, stdout=self._log, env=environment)
-        until(lambda: "the page" in self.log[started:] or self.process.poll() is not None)
-        found = re.search(r"http://[0-9.:]+", self.log[started:])
+        until(lambda: "/docs" in self.log[started:] or self.process.poll() is not None)
+        found = re.search(r"http://[0-9.]+:[0-9]+", self.log[started:])
         assert found, self.log
         self.address = found[0]
 
@@ -109,3 +113,37 @@ def until(condition: Callable[[], object]) -> None:
 
 def photo(height: int = 24, width: int = 30, channels: int = 3, *, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (height, width, channels), dtype=np.uint8)
+
+
+def encoded(image: np.ndarray, kind: str = "PNG", **options: object) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(image).save(stream, kind, **options)
+    return stream.getvalue()
+
+
+def decoded(data: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(data)))
+
+
+def left_files(server: Server) -> list[str]:
+    return [path.name for path in server.models.new_file("x").parent.iterdir()]
+
+
+class Slow:
+    """Takes the place of the work: goes on until it is let go or stopped."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        self.begun, self.go, self.ended = threading.Semaphore(0), threading.Event(), threading.Event()
+        run_file = serve_models.jobs.run_file
+
+        def slow(upscaler, job, options, *, progress):
+            self.begun.release()
+            try:
+                while not self.go.wait(0.01):
+                    progress(0.5)
+            except BaseException:
+                self.ended.set()
+                raise
+            run_file(upscaler, job, options, progress=progress)
+
+        monkeypatch.setattr(serve_models.jobs, "run_file", slow)

@@ -6,7 +6,6 @@ import io
 import logging
 import re
 import socket
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,7 +18,7 @@ pytest.importorskip("onnxruntime")
 pytest.importorskip("fastapi")
 
 import serving
-from serving import photo, until
+from serving import Slow, decoded, encoded, left_files, photo, until
 
 from sdk import OutOfMemory, OutputError, Upscaler
 from sdk.serve import models as serve_models
@@ -59,20 +58,6 @@ def open_client(tmp_path):
     yield make
     for context in opened:
         context.__exit__(None, None, None)
-
-
-def encoded(image: np.ndarray, kind: str = "PNG", **options: object) -> bytes:
-    stream = io.BytesIO()
-    Image.fromarray(image).save(stream, kind, **options)
-    return stream.getvalue()
-
-
-def decoded(data: bytes) -> np.ndarray:
-    return np.asarray(Image.open(io.BytesIO(data)))
-
-
-def left_files(server) -> list[str]:
-    return [path.name for path in server.models.new_file("x").parent.iterdir()]
 
 
 def test_the_pixels_are_those_of_upscaler(client, upscaler):
@@ -221,26 +206,6 @@ def test_failures_of_the_server_have_their_status(client, server, monkeypatch, f
     monkeypatch.setattr(serve_models.jobs, "run_file", run_file)
     assert client.post("/v1/upscale", content=encoded(photo())).status_code == status
     assert left_files(server) == []
-
-
-class Slow:
-    """Takes the place of the work: goes on until it is let go or stopped."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch):
-        self.begun, self.go, self.ended = threading.Semaphore(0), threading.Event(), threading.Event()
-        run_file = serve_models.jobs.run_file
-
-        def slow(upscaler, job, options, *, progress):
-            self.begun.release()
-            try:
-                while not self.go.wait(0.01):
-                    progress(0.5)
-            except BaseException:
-                self.ended.set()
-                raise
-            run_file(upscaler, job, options, progress=progress)
-
-        monkeypatch.setattr(serve_models.jobs, "run_file", slow)
 
 
 def test_too_many_requests_are_told_when_to_come_again(open_client, monkeypatch):

@@ -13,14 +13,13 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, FastAPI, Query, Request, Response
 from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
 from fastapi.security import HTTPBearer
-from fastapi.staticfiles import StaticFiles
 from fastapi_offline import FastAPIOffline
 from pydantic import BaseModel
 from starlette.background import BackgroundTask
 
 from ..version import __version__
 from . import metrics
-from .described import BODY, EVENTS, METRICS, PICTURE, TOO_MUCH, UNFINISHED, Responses, told
+from .described import BODY, EVENTS, METRICS, PICTURE, TOO_MUCH, UNFINISHED, Responses, name_models, told
 from .guard import Guard, key_check
 from .options import MIB
 from .orders import Failure, Order, Watch
@@ -70,18 +69,36 @@ def build_app(server: Server) -> FastAPI:
         summary="Super-resolution of pictures.",
         version=__version__,
         lifespan=lifespan,
+        redirect_slashes=False,
         responses={401: told("No API key, or another one."), 422: told("What was sent cannot be used.")},
     )
     app.add_middleware(Guard, max_body=server.options.max_body_mib * MIB, count=server.metrics.count)
     app.add_exception_handler(Failure, _answer_failure)
     app.add_exception_handler(sqlite3.Error, _answer_full_store)
-    keyed = [Depends(HTTPBearer(auto_error=False, description="An API key, if the server has some."))]
-    keyed.append(Depends(key_check(server.options.keys)))
+    keyed = [Depends(key_check(server.options.keys))]
+    if server.options.keys:  # so that the documentation knows
+        keyed.append(Depends(HTTPBearer(auto_error=False)))
     app.include_router(_pictures(server), dependencies=keyed)
     app.include_router(_jobs(server), dependencies=keyed)
     app.include_router(_health(server, keyed))
-    app.mount("/", StaticFiles(directory=PAGE, html=True))
+    app.include_router(_page())
+    name_models(app.openapi(), [facts["name"] for facts in server.models.describe()])  # it keeps what it gives
     return app
+
+
+def _page() -> APIRouter:
+    """Give out the files of the page, and nothing else."""
+    router = APIRouter(include_in_schema=False)
+
+    def add(path: str, file: Path) -> None:
+        @router.get(path)
+        async def give() -> FileResponse:
+            return FileResponse(file)
+
+    for file in PAGE.iterdir():
+        add(f"/{file.name}", file)
+    add("/", PAGE / "index.html")
+    return router
 
 
 def _pictures(server: Server) -> APIRouter:

@@ -107,7 +107,8 @@ def _run(listener: socket.socket, state: Path, options: Options) -> SRError | No
         uvicorn.Config(build_app(server), log_level="warning", timeout_graceful_shutdown=options.grace_s, lifespan="on")
     )
     names = ", ".join(facts["name"] for facts in server.models.describe())
-    logging.info("%s: the page; %s/docs: the API; models: %s", *(2 * [_address(listener)]), names)
+    logging.info("models: %s", names)
+    logging.info("page: %s API: %s/docs", *(2 * [_address(listener)]))
     # uvicorn passes the signal on when it has ended; what it asked for has been done by then.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)

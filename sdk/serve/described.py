@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from .orders import MEDIA_TYPES
@@ -13,6 +14,15 @@ def told(description: str) -> dict[str, Any]:
     """Describe an answer that says in a sentence what is wrong."""
     schema = {"type": "object", "properties": {"detail": {}}, "required": ["detail"]}
     return {"description": description, "content": {"application/json": {"schema": schema}}}
+
+
+def name_models(schema: dict[str, Any], names: Sequence[str]) -> None:
+    """Put the models of this server into its OpenAPI document, in place."""
+    for operations in schema["paths"].values():
+        for operation in operations.values():
+            for parameter in operation.get("parameters", ()):
+                if parameter["name"] == "model":
+                    parameter["schema"] = {"type": "string", "enum": [*names], "description": parameter["description"]}
 
 
 BINARY = {"type": "string", "format": "binary"}

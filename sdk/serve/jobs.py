@@ -102,6 +102,8 @@ class JobRunner:
                 self._store.release(name)
         except Failure as exc:
             self._store.fail(name, exc.status, exc.message)
+        except (sqlite3.Error, OSError) as exc:
+            self._store.fail(name, 507, f"the server has no room for it ({exc})")
         except Exception:
             LOG.exception("job %s", name)
             self._store.fail(name, 500, "the server made a mistake; its log tells more")

@@ -1,0 +1,216 @@
+"""/v1/jobs: accepted work is done, told of, stopped, and survives the end of the server."""
+
+from __future__ import annotations
+
+import io
+import json
+import sqlite3
+
+import bundles
+import httpx
+import numpy as np
+import pytest
+from PIL import Image
+
+pytest.importorskip("onnxruntime")
+pytest.importorskip("fastapi")
+
+import serving
+from serving import Slow, decoded, encoded, left_files, photo, until
+
+from sdk import Upscaler
+
+
+@pytest.fixture(scope="module")
+def upscaler():
+    with Upscaler(bundles.shared("blur"), backend="onnxruntime", device="cpu") as made:
+        yield made
+
+
+def follow(client: httpx.Client, name: str) -> list[tuple[str, dict]]:
+    """Read a job's events to their end."""
+    with client.stream("GET", f"/v1/jobs/{name}/events") as answer:
+        assert answer.headers["content-type"].startswith("text/event-stream")
+        parts = "".join(answer.iter_text()).split("\n\n")
+    events = []
+    for part in parts[:-1]:
+        event, data = part.split("\n")
+        events.append((event.removeprefix("event: "), json.loads(data.removeprefix("data: "))))
+    return events
+
+
+def add(client: httpx.Client, image: np.ndarray, **params: object) -> str:
+    answer = client.post("/v1/jobs", params=params, content=encoded(image))
+    assert answer.status_code == 202, answer.text
+    name = answer.json()["id"]
+    assert answer.headers["location"] == f"/v1/jobs/{name}"
+    return name
+
+
+def state(client: httpx.Client, name: str) -> str:
+    return client.get(f"/v1/jobs/{name}").json()["state"]
+
+
+def test_a_job_is_accepted_done_fetched_and_removed(tmp_path, upscaler):
+    with serving.client(serving.make_server(tmp_path / "state")) as client:
+        image = photo()
+        name = add(client, image, format="webp", quality=100)
+        events = follow(client, name)
+        assert events[-1][0] == "done"
+        assert events[-1][1] == client.get(f"/v1/jobs/{name}").json()
+        assert events[-1][1]["progress"] == 1
+        assert events[-1][1]["expires"] > events[-1][1]["created"]
+        answer = client.get(events[-1][1]["result"])
+        assert answer.headers["content-type"] == "image/webp"
+        assert Image.open(io.BytesIO(answer.content)).format == "WEBP"
+        assert client.delete(f"/v1/jobs/{name}").status_code == 204
+        for path in (f"/v1/jobs/{name}", f"/v1/jobs/{name}/result", f"/v1/jobs/{name}/events"):
+            assert client.get(path).status_code == 404
+        assert client.delete(f"/v1/jobs/{name}").status_code == 404
+        plain = add(client, image)
+        follow(client, plain)
+        np.testing.assert_array_equal(decoded(client.get(f"/v1/jobs/{plain}/result").content), upscaler.upscale(image))
+
+
+def test_a_job_that_fails_says_why(tmp_path):
+    server = serving.make_server(tmp_path / "state")
+    with serving.client(server) as client:
+        name = client.post("/v1/jobs", content=b"hello").json()["id"]
+        event, told = follow(client, name)[-1]
+        assert event == "failed"
+        assert told["error"] == "the picture: not a picture in a known format"
+        answer = client.get(f"/v1/jobs/{name}/result")
+        assert (answer.status_code, answer.json()["detail"]) == (409, told["error"])
+        assert state(client, add(client, photo())) in ("queued", "running", "done")  # others go on
+        assert client.post("/v1/jobs", params={"model": "no"}, content=b"x").status_code == 422
+    assert left_files(server) == []
+
+
+def test_progress_is_told_and_a_removed_job_stops(tmp_path, monkeypatch):
+    slow = Slow(monkeypatch)
+    server = serving.make_server(tmp_path / "state", job_workers=1)
+    with serving.client(server) as client:
+        name, waiting = add(client, photo()), add(client, photo())
+        assert slow.begun.acquire(timeout=serving.WAIT_S)
+        until(lambda: client.get(f"/v1/jobs/{name}").json()["progress"] == 0.5)
+        assert state(client, name) == "running"
+        assert state(client, waiting) == "queued"
+        assert client.get(f"/v1/jobs/{name}/result").status_code == 409
+        client.delete(f"/v1/jobs/{name}")
+        assert slow.ended.wait(serving.WAIT_S)
+        slow.go.set()
+        assert follow(client, waiting)[-1][0] == "done"
+    assert left_files(server) == []
+
+
+def test_events_of_a_job_that_is_removed_end(tmp_path, monkeypatch):
+    slow = Slow(monkeypatch)
+    with serving.client(serving.make_server(tmp_path / "state")) as client:
+        name = add(client, photo())
+        assert slow.begun.acquire(timeout=serving.WAIT_S)
+        with client.stream("GET", f"/v1/jobs/{name}/events") as answer:
+            lines = answer.iter_lines()
+            assert next(lines) == "event: running"
+            client.delete(f"/v1/jobs/{name}")
+            rest = list(lines)
+        assert "event: removed" in rest
+        slow.go.set()
+
+
+def test_a_job_that_takes_too_long_fails(tmp_path, monkeypatch):
+    Slow(monkeypatch)
+    with serving.client(serving.make_server(tmp_path / "state", job_s=0.2)) as client:
+        assert follow(client, add(client, photo()))[-1][1]["error"] == "not done within 0.2 s: send a smaller picture"
+
+
+def test_a_full_store_takes_no_more(tmp_path, monkeypatch):
+    slow = Slow(monkeypatch)
+    with serving.client(serving.make_server(tmp_path / "state", max_state_mib=1)) as client:
+        large = np.zeros((800, 800, 3), np.uint8)
+        stream = io.BytesIO()
+        Image.fromarray(large).save(stream, "BMP")  # 1.9 MB
+        answer = client.post("/v1/jobs", content=stream.getvalue())
+        assert answer.status_code == 429
+        assert answer.headers["retry-after"]
+        add(client, photo())
+        slow.go.set()
+
+
+def test_a_store_that_fails_is_told_and_recovered_from(tmp_path, monkeypatch):
+    server = serving.make_server(tmp_path / "state")
+    with serving.client(server) as client:
+        finish, failures = server.store.finish, iter([1])
+
+        def full(name: str, result: bytes) -> None:
+            if next(failures, None):
+                raise sqlite3.OperationalError("database or disk is full")
+            finish(name, result)
+
+        monkeypatch.setattr(server.store, "finish", full)
+        lost = follow(client, add(client, photo()))[-1]
+        assert lost[0] == "failed"
+        assert lost[1]["error"] == "the server has no room for it (database or disk is full)"
+        assert follow(client, add(client, photo()))[-1][0] == "done"
+
+        def refuse(order: str, source: bytes) -> None:
+            raise sqlite3.OperationalError("database or disk is full")
+
+        monkeypatch.setattr(server.store, "add", refuse)
+        answer = client.post("/v1/jobs", content=encoded(photo()))
+        assert answer.status_code == 507
+        assert "disk is full" in answer.json()["detail"]
+    assert left_files(server) == []
+
+
+def test_jobs_left_at_the_end_are_done_by_the_next_server(tmp_path, monkeypatch, upscaler):
+    with monkeypatch.context() as patched:
+        slow = Slow(patched)
+        server = serving.make_server(tmp_path / "state", job_workers=1, grace_s=0)
+        with serving.client(server) as client:
+            begun, waiting = add(client, photo()), add(client, photo(seed=1))
+            assert slow.begun.acquire(timeout=serving.WAIT_S)
+        assert slow.ended.is_set()
+    with serving.client(serving.make_server(tmp_path / "state")) as client:
+        for name, seed in ((begun, 0), (waiting, 1)):
+            assert follow(client, name)[-1][0] == "done"
+            result = decoded(client.get(f"/v1/jobs/{name}/result").content)
+            np.testing.assert_array_equal(result, upscaler.upscale(photo(seed=seed)))
+
+
+def test_a_server_that_is_killed_loses_no_job(tmp_path, upscaler):
+    image = photo(1500, 1500)
+    stream = io.BytesIO()
+    Image.fromarray(image).save(stream, "PNG", compress_level=0)
+    with serving.Command(tmp_path / "state", "--memory", "1") as command:  # many windows, so that it takes a while
+        client = httpx.Client(base_url=command.address, timeout=serving.WAIT_S)
+        names = [client.post("/v1/jobs", content=stream.getvalue()).json()["id"] for _ in range(3)]
+        until(lambda: 0 < client.get(f"/v1/jobs/{names[0]}").json()["progress"] < 1)
+        command.kill()
+        client.close()
+    assert list((tmp_path / "state" / "work").iterdir())  # what a killed process leaves
+    with (
+        serving.Command(tmp_path / "state", "--memory", "1") as command,
+        httpx.Client(base_url=command.address, timeout=serving.WAIT_S) as client,
+    ):
+        for name in names:
+            until(lambda name=name: state(client, name) in ("done", "failed"))
+            result = decoded(client.get(f"/v1/jobs/{name}/result").content)
+            np.testing.assert_array_equal(result, upscaler.upscale(image))
+        until(lambda: not list((tmp_path / "state" / "work").iterdir()))
+        assert command.end() == 0
+
+
+def test_a_server_that_is_told_to_end_finishes_what_is_under_way(tmp_path):
+    image = encoded(photo(700, 700))
+    with serving.Command(tmp_path / "state", "--memory", "1") as command:
+        with httpx.Client(base_url=command.address, timeout=serving.WAIT_S) as client:
+            until(lambda: client.get("/readyz").status_code == 200)
+            name = client.post("/v1/jobs", content=image).json()["id"]
+            until(lambda: state(client, name) != "queued")
+        assert command.end() == 0
+        assert "Traceback" not in command.log
+    with (
+        serving.Command(tmp_path / "state") as command,
+        httpx.Client(base_url=command.address, timeout=serving.WAIT_S) as client,
+    ):
+        assert state(client, name) == "done"
