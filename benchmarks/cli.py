@@ -21,6 +21,7 @@ from . import quality as quality_module
 from . import roofline as roofline_module
 from . import runtime as runtime_module
 from . import scaling as scaling_module
+from . import serve as serve_module
 from . import soak as soak_module
 from .contestants import Setup
 from .cores import limit_threads
@@ -164,6 +165,22 @@ def soak(json_path: Path | None, minutes: float, **options: Any) -> None:
         raise click.UsageError(f"--minutes {minutes}: give a number")
     settings = soak_module.Settings(seconds=60 * minutes, **options)
     _report(lambda: soak_module.run_soak(settings, progress=_tell), json_path)
+
+
+@main.command()
+@click.option("--clients", type=click.IntRange(1, 1000), default=50, show_default=True, help="That ask at once.")
+@click.option("--photographs", type=click.IntRange(1), default=50, show_default=True, help="Of a round.")
+@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True)
+@click.option("--pictures", type=click.Path(path_type=Path), help="Folder to crop photographs from. Default: our own.")
+@click.option("--model", help="Bundle folder or shipped model. Default: the shipped one.")
+@click.option("--backend", default="auto", show_default=True)
+@click.option("--device", default="auto", show_default=True)
+@click.option("--precision", default="auto", show_default=True)
+@json_option
+def serve(json_path: Path | None, **options: Any) -> None:
+    """Hold sr-serve under many clients against upscale_file on the same photographs; takes the serve extra."""
+    settings = serve_module.Settings(**options)
+    _report(lambda: serve_module.run_serve(settings, progress=_tell), json_path)
 
 
 @main.command()
