@@ -23,5 +23,5 @@ lint: .venv/dev/.installed
 
 .venv/dev/.installed: pyproject.toml
 	$(PYTHON) -m venv .venv/dev
-	$(DEV)/pip install --quiet --editable '.[cpu,large,video,train,export,peers,serve,dev]'
+	$(DEV)/pip install --quiet --editable '.[cpu,large,video,train,export,peers,serve,ray,dev]'
 	touch $@

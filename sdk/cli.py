@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import glob
 import logging
 import os
 import signal
 import sys
 import threading
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
@@ -15,17 +15,13 @@ from typing import Any
 
 import click
 
-from . import files, jobs, video
-from .errors import ImageError, OptionError, OutputError, SRError
+from . import cluster, files, jobs, video
+from .errors import OptionError, OutputError, SRError
+from .inputs import plan_jobs
 from .jobs import Job
 from .upscaler import SEAMS, Upscaler
 from .version import __version__
 
-# Read, but not written: in a folder of results they become PNG.
-READ_ONLY = {
-    ".jpe", ".jfif", ".mpo", ".avifs", ".ppm", ".pgm", ".pbm", ".pnm", ".pfm", ".jp2", ".j2k", ".j2c", ".jpc", ".jpf",
-    ".jpx", ".tga", ".icb", ".vda", ".vst", ".ico",
-}  # fmt: skip
 # Signal -> what it did. The exit status is 128 and its number, as of a program that it ended.
 ENDING = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
 
@@ -67,6 +63,8 @@ ENDING = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
 @click.option("--crf", type=click.IntRange(0, 63), default=16, show_default=True, help="Quality of videos, 0 is best.")
 @click.option("--compare", "compare_panel", is_flag=True, help="Also write NAME.compare.png: nearest, bilinear, ours.")
 @click.option("--overwrite", is_flag=True, help="Replace files that exist.")
+@click.option("--ray", "address", metavar="ADDRESS", help="Work on a Ray cluster: its address, auto, or local.")
+@click.option("--ray-workers", type=click.IntRange(min=1), help="On the cluster; one for each GPU, or few cores.")
 @click.option("--verbose", is_flag=True, help="Say what runs and how.")
 @click.version_option(__version__)
 def main(
@@ -80,6 +78,8 @@ def main(
     height: int | None,
     codec: str,
     crf: int,
+    address: str | None,
+    ray_workers: int | None,
     **options: Any,
 ) -> None:
     """Enlarge pictures and videos: files, globs, or folders (all pictures in them)."""
@@ -89,14 +89,20 @@ def main(
     logging.captureWarnings(True)
     _end_at_once_on_signals()
     engine = {key: options.pop(key) for key in ("model", "backend", "device", "precision", "stage", "seams")}
-    memory_mib = options.pop("memory_mib")
+    engine["memory_mib"] = options.pop("memory_mib") or "auto"
     try:
         size = _size(width, height, factor)
+        if address is not None:
+            if compare_panel:
+                raise OptionError("--compare is not made on a cluster: leave one of --compare and --ray out")
+            how = jobs.Options(factor=factor, size=size, **options)
+            _enlarge_on_cluster(address, inputs, output, suffix=suffix, engine=engine, options=how, workers=ray_workers)
+            return
         todo, folder = plan_jobs(inputs, output, suffix=suffix, panels=compare_panel)
         clips = [job for job in todo if video.is_video(job.source)]
         if clips and (size or factor):
             raise OptionError("--factor, --width and --height are for pictures; videos grow by the model's factor")
-        upscaler = Upscaler(**engine, memory_mib=memory_mib or "auto")
+        upscaler = Upscaler(**engine)
         if folder:
             _make_folder(folder)
     except SRError as exc:
@@ -118,6 +124,28 @@ def main(
         click.echo(f"failed: {_printable(error)}", err=True)
     if failures:
         raise click.ClickException(f"{len(failures)} of {len(todo)} files failed")
+
+
+def _enlarge_on_cluster(address: str, inputs: Sequence[str], output: str, *, suffix: str | None, **how: Any) -> None:
+    """Enlarge on Ray. Raises: SRError; ClickException if some pictures failed."""
+    tasks = cluster.plan_tasks(inputs, output, suffix=suffix)
+    found: Counter[str] = Counter()
+    with (
+        closing(cluster.enlarge(tasks, output, address=address, **how)) as outcomes,
+        click.progressbar(outcomes, length=len(tasks), label="enlarging", file=sys.stderr) as bar,
+    ):
+        failures = []
+        for outcome in bar:
+            found[outcome.outcome] += 1
+            if outcome.error:
+                failures.append(outcome.error)
+    for error in failures:
+        click.echo(f"failed: {_printable(error)}", err=True)
+    click.echo(
+        f"{found['done']} done, {found['skipped']} were there; all in {cluster.MANIFEST} of the output", err=True
+    )
+    if failures:
+        raise click.ClickException(f"{len(failures)} of {len(tasks)} files failed")
 
 
 def _enlarge_pictures(upscaler: Upscaler, todo: Sequence[Job], how: jobs.Options) -> list[SRError]:
@@ -173,79 +201,11 @@ def _size(width: int | None, height: int | None, factor: float | None) -> tuple[
     return height, width
 
 
-def plan_jobs(
-    inputs: tuple[str, ...], output: str, *, suffix: str | None = None, panels: bool = False
-) -> tuple[list[Job], Path | None]:
-    """Pair every input picture with its output files, and give the output folder if one is needed.
-
-    Raises: OptionError if an input or the output is empty; OutputError if an input matches nothing, or two results
-    would become one file; ImageError for a folder that cannot be read.
-    """
-    sources, several = _expand(inputs)
-    if not output:
-        raise OptionError("-o is empty: a file or a folder is needed")
-    is_folder = several or os.path.isdir(output) or output.endswith((os.sep, os.altsep or os.sep))
-    folder = Path(output) if is_folder else None
-    jobs = []
-    for source in sources:
-        target = folder / source.name if folder else Path(output)
-        if suffix:
-            target = target.with_suffix(f".{suffix}")
-        elif folder and target.suffix.lower() in READ_ONLY:
-            target = target.with_suffix(".png")
-        jobs.append(Job(source, target, target.with_name(f"{target.stem}.compare.png") if panels else None))
-    taken: dict[str, Path] = {}
-    for job in jobs:
-        for target in job.targets:
-            key = _key(target)
-            if key in taken:
-                raise OutputError(f"{taken[key]} and {job.source} would both become {target}")
-            taken[key] = job.source
-    return jobs, folder
-
-
-def _key(path: Path) -> str:
-    """Give what is equal for the names of one file: on Windows, and on most disks of a Mac, case does not count."""
-    name = os.path.normcase(path)
-    return name.lower() if sys.platform == "darwin" else name
-
-
 def _make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as exc:
         raise OutputError(f"{folder}: a folder is needed, and it cannot be made ({exc.strerror})") from exc
-
-
-def _expand(inputs: tuple[str, ...]) -> tuple[list[Path], bool]:
-    """List the files that the arguments mean, and tell whether they name more than one plain file."""
-    sources: list[Path] = []
-    several = len(inputs) > 1
-    for text in inputs:
-        if not text:  # of a shell variable that is not set; the system would take it for the folder we are in
-            raise OptionError("an empty IN: name a file, a folder or a glob")
-        path = Path(text)
-        if os.path.isdir(path):
-            found = _pictures(path)
-            several = True
-        elif os.path.exists(path):
-            found = [path]
-        else:
-            found = sorted(Path(match) for match in glob.glob(text, recursive=True) if os.path.isfile(match))
-            several = several or glob.has_magic(text)
-        if not found:
-            raise OutputError(f"{text}: no such file, or no pictures in it")
-        sources.extend(found)
-    return sources, several
-
-
-def _pictures(folder: Path) -> list[Path]:
-    """List the pictures of a folder, by name. Raises: ImageError if it cannot be read."""
-    readable = READ_ONLY.union(files.FORMATS)
-    try:
-        return sorted(path for path in folder.iterdir() if path.suffix.lower() in readable and path.is_file())
-    except OSError as exc:
-        raise ImageError(f"{folder}: the folder cannot be read ({exc.strerror})") from exc
 
 
 if __name__ == "__main__":

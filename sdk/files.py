@@ -274,7 +274,7 @@ def new_file(path: Path, *, overwrite: bool) -> Iterator[BinaryIO]:
             if overwrite:
                 os.replace(temporary, path)
             else:
-                _claim(temporary, path)
+                claim(temporary, path)
         _sync_folder(path.parent)
     except (OSError, MemoryError) as exc:
         raise _cannot_be_written(path, exc) from exc
@@ -332,8 +332,11 @@ def remove_unfinished() -> None:
             os.unlink(temporary)
 
 
-def _claim(temporary: Path, path: Path) -> None:
-    """Give a finished file its name unless that is taken, in one step where the file system has hard links."""
+def claim(temporary: Path, path: Path) -> None:
+    """Give a finished file its name unless that is taken, in one step where the file system has hard links.
+
+    Raises: OutputError if it is taken; OSError.
+    """
     try:
         try:
             os.link(temporary, path)

@@ -29,6 +29,8 @@ OPTIONAL = {
     "sdk/backends/folding.py": {"onnx"},
     "sdk/vips.py": {"pyvips"},
     "sdk/video": {"av"},
+    "sdk/cluster.py": {"ray"},
+    "sdk/remote.py": {"fsspec"},
     "sdk/cli.py": {"click"},
     "sdk/serve": {"click", "fastapi", "fastapi_offline", "starlette", "pydantic", "prometheus_client", "uvicorn"},
 }

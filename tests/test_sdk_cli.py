@@ -17,7 +17,8 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from sdk import SRError, Upscaler, files, large, vips
-from sdk.cli import main, plan_jobs
+from sdk.cli import main
+from sdk.inputs import plan_jobs
 
 pytest.importorskip("onnxruntime")
 
