@@ -13,6 +13,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
+import yaml
 from PIL import Image
 
 from sdk.cli import main as sr_upscale
@@ -90,9 +91,9 @@ def test_variables_are_those_that_the_sdk_reads():
     ours = {name: value for name, value in settings("ENV").items() if name.startswith("SR_")}
     assert ours.pop("SR_EXTRAS") == "${EXTRAS}"  # for the entry point
     assert ours == {"SR_ENGINE_DIR": "/engines", "SR_CACHE_DIR": "/cache"} and set(ours) <= read
-    assert set(json.loads(texts("VOLUME")[0])) == set(ours.values())
+    assert set(json.loads(texts("VOLUME")[0])) == {*ours.values(), "/state"}
     (folders,) = re.findall(r"install --directory --mode 1777 (.*)", "\n".join(texts("RUN")))
-    assert set(folders.split()) == {*ours.values(), "/models", "/in", "/out"}
+    assert set(folders.split()) == {*ours.values(), "/state", "/models", "/in", "/out"}
 
 
 def test_it_runs_as_a_user_without_rights_from_a_pinned_base():
@@ -174,3 +175,40 @@ def test_everything_else_is_for_sr_upscale(installed, tmp_path, photo_folder):
     assert {path.name for path in (tmp_path / "out").iterdir()} == {path.name for path in photo_folder.iterdir()}
     done = run_entry_point(installed, tmp_path, "--version")
     assert done.returncode == 0 and "version" in done.stdout
+
+
+@needs_shell
+def test_serve_starts_the_server_for_everybody_who_reaches_the_container(tmp_path):
+    program = tmp_path / "bin" / "sr-serve"  # one that tells of its arguments
+    program.parent.mkdir()
+    program.write_text('#!/bin/sh\necho "$*"\n')
+    program.chmod(0o755)
+    done = run_entry_point(tmp_path, tmp_path, "serve", "--port", "9")
+    assert done.stdout.split() == ["--host", "0.0.0.0", "--state", "/state", "--port", "9"]
+    assert texts("EXPOSE") == ["8000"]
+
+
+def test_the_manifests_for_kubernetes_fit_the_server():
+    cli = pytest.importorskip("sdk.serve.cli")
+    service, stateful = yaml.safe_load_all((FOLDER / "kubernetes.yaml").read_text(encoding="utf-8"))
+    pod = stateful["spec"]["template"]
+    assert service["spec"]["selector"] == stateful["spec"]["selector"]["matchLabels"] == pod["metadata"]["labels"]
+    (container,) = pod["spec"]["containers"]
+    verb, *arguments = container["args"]
+    assert verb == "serve"
+    options = cli.main.make_context("sr-serve", ["--host", "0.0.0.0", "--state", "/state", *arguments]).params
+    assert options["port"] == container["ports"][0]["containerPort"]
+    assert pod["spec"]["terminationGracePeriodSeconds"] > options["grace_s"]
+    assert str(pod["spec"]["securityContext"]["runAsUser"]) == texts("USER")[0]
+    mounted = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
+    volumes = {volume["name"] for volume in pod["spec"]["volumes"]}
+    claims = {claim["metadata"]["name"] for claim in stateful["spec"]["volumeClaimTemplates"]}
+    assert set(mounted.values()) == volumes | claims
+    assert set(json.loads(texts("VOLUME")[0])) | {"/tmp"} <= set(mounted)  # nothing else can be written
+    assert os.path.dirname(options["api_keys"]) in mounted
+    source = (ROOT / "sdk" / "serve" / "app.py").read_text(encoding="utf-8")
+    for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+        found = container[probe]["httpGet"]
+        assert f'@router.get("{found["path"]}"' in source
+        assert found["port"] in {port["name"] for port in container["ports"]}
+    assert service["spec"]["ports"][0]["targetPort"] == container["ports"][0]["name"]

@@ -1,7 +1,11 @@
 #!/bin/sh
-# Entry point of the container: `warm` and sr-upscale's options have the engine for 8-bit pictures built and kept, which
-# enlarging any picture does; everything else goes to sr-upscale as it is.
+# Entry point of the container: `serve` starts sr-serve; `warm` and sr-upscale's options have the engine for 8-bit
+# pictures built and kept, which enlarging any picture does; everything else goes to sr-upscale as it is.
 set -eu
+if [ "${1-}" = serve ]; then
+    shift
+    exec sr-serve --host 0.0.0.0 --state /state "$@"
+fi
 if [ "${1-}" = warm ]; then
     shift
     folder=$(mktemp -d)
