@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,10 +60,10 @@ def write_page(results: Sequence[tuple[str, dict[str, Any]]], out: Path) -> list
     content = [element("h1", TITLE)]
     pictures: dict[str, bytes] = {}
     for name, result in sorted(results, key=lambda item: order.index(item[1]["kind"])):
-        drawn = dict(_plots(name, result))
+        drawn = plots.draw_files(name, result)
         pictures |= drawn
         content += _section(f"{TITLES[result['kind']]} ({name})", result, list(drawn.values()))
-    pictures["seams.png"] = plots.as_png(plots.draw_seams(), source="sdk/models")
+    pictures |= plots.draw_seams_file()
     content += [
         element("h2", "Seams"),
         element("p", SEAMS),
@@ -87,12 +87,6 @@ def _section(title: str, result: dict[str, Any], drawn: Sequence[bytes]) -> list
         element("p", provenance(result), class_="soft"),
         element("details", element("summary", "How it was measured"), element("p", result["protocol"])),
     ]
-
-
-def _plots(name: str, result: dict[str, Any]) -> Iterator[tuple[str, bytes]]:
-    figures, source = plots.draw(result), plots.fingerprint(result)
-    for number, figure in enumerate(figures, 1):
-        yield f"{name}{f'-{number}' if len(figures) > 1 else ''}.png", plots.as_png(figure, source=source)
 
 
 def _picture(data: bytes, *, alt: str) -> Markup:

@@ -6,9 +6,12 @@ import hashlib
 import io
 import json
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
+from PIL import Image
 
 from sdk import Bundle
 from sdk.bundle import shipped_models
@@ -36,11 +39,36 @@ def draw(result: dict[str, Any]) -> list[Figure]:
     return PLOTS.get(result["kind"], lambda result: [])(result)
 
 
+def draw_files(name: str, result: dict[str, Any]) -> dict[str, bytes]:
+    """Draw the plots of a result as PNG files, by their names. name: of the result."""
+    figures, source = draw(result), fingerprint(result)
+    return {
+        f"{name}{f'-{number}' if len(figures) > 1 else ''}.png": as_png(figure, source=source)
+        for number, figure in enumerate(figures, 1)
+    }
+
+
+def draw_seams_file() -> dict[str, bytes]:
+    """Draw the plot of the shipped models' seams as a PNG file, by its name."""
+    return {"seams.png": as_png(draw_seams(), source=fingerprint(halo_tables()))}
+
+
+def halo_tables() -> dict[str, Any]:
+    """Give each shipped model's error over the context that tiles get, as measured when it was exported."""
+    return {name: [asdict(row) for row in Bundle.load(name).stage().halo] for name in shipped_models()}
+
+
 def as_png(figure: Figure, *, source: str) -> bytes:
     """Give a PNG that says in its metadata what it was drawn from."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": "sr-bench", "Source": source})
     return buffer.getvalue()
+
+
+def source_of(file: Path | BinaryIO) -> str:
+    """Give the fingerprint of what a PNG was drawn from."""
+    with Image.open(file) as opened:
+        return str(opened.info.get("Source"))
 
 
 def fingerprint(result: dict[str, Any]) -> str:
@@ -167,11 +195,11 @@ PLOTS: dict[str, Callable[[dict[str, Any]], list[Figure]]] = {
 
 
 def draw_seams() -> Figure:
-    """Draw each shipped model's error over the context that tiles get, as measured when it was exported."""
+    """Draw the shipped models' halo tables."""
     figure, (place,) = _figure(1, size=(6.5, 3.6))
-    for name in shipped_models():
-        rows = Bundle.load(name).stage().halo
-        place.step([row.context for row in rows], [row.error for row in rows], where="post", label=name, linewidth=1)
+    for name, rows in halo_tables().items():
+        steps = [row["context"] for row in rows], [row["error"] for row in rows]
+        place.step(*steps, where="post", label=name, linewidth=1)
     place.axhline(1, linestyle=":", linewidth=1, color=OTHERS)
     place.set(xlabel="context around a tile, LR pixels", ylabel="largest error, code values of 255", ylim=(0, 255))
     place.set_yscale("symlog", linthresh=1)

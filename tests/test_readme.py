@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import re
 import shlex
 import shutil
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.readme import fill_tables
+from benchmarks.readme import PLOTTED, RESULTS, fill_tables
 from train.cli import TOOLS
 
 ROOT = Path(__file__).parent.parent
@@ -22,6 +23,7 @@ COMMANDS = {
     "sr-upscale": "sdk.cli",
     "sr-train": "train.cli",
     "sr-export": "export.cli",
+    "sr-serve": "sdk.serve.cli",
 }
 
 
@@ -63,6 +65,27 @@ def test_every_option_named_in_the_text_exists():
 
 def test_tables_are_what_was_measured():
     assert fill_tables(TEXT) == TEXT
+
+
+def test_plots_are_of_the_committed_results():
+    plots = importlib.import_module("benchmarks.plots")
+    drawn = {path.name: plots.source_of(path) for path in RESULTS.glob("*.png")}
+    assert {name for name, source in drawn.items() if source == "None"} == {"panel.png", "sr-serve.png", "report.png"}
+    sources = {name: json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8")) for name in PLOTTED}
+    sources["seams"] = plots.halo_tables()
+    expected = {name: plots.fingerprint(source) for name, source in sources.items()}
+    plotted = {name: source for name, source in drawn.items() if source != "None"}
+    assert plotted
+    for name, source in plotted.items():
+        assert source == expected[re.sub(r"(-\d+)?\.png$", "", name)], f"{name}: python -m benchmarks.readme draws it"
+
+
+def test_pictures_that_are_shown_exist():
+    shown = re.findall(r"!\[[^]]*\]\(([^)]+)\)", TEXT)
+    assert shown
+    for path in shown:
+        assert (ROOT / path).is_file(), path
+    assert {path.name for path in RESULTS.glob("*.png")} == {Path(path).name for path in shown}
 
 
 def test_pictures_and_files_named_exist():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -12,12 +14,13 @@ import bundles
 import httpx
 import pytest
 from click.testing import CliRunner
+from PIL import Image
 
 pytest.importorskip("onnxruntime")
 pytest.importorskip("fastapi")
 
 import serving
-from serving import encoded, photo, until
+from serving import decoded, encoded, photo, until
 
 from sdk.bundle import DEFAULT_MODEL, shipped_models
 from sdk.serve import cli
@@ -130,3 +133,21 @@ def test_the_extra_is_named_where_it_is_missing(monkeypatch, tmp_path):
     done = CliRunner().invoke(cli.main, ["--state", str(tmp_path)])
     assert done.exit_code == 1
     assert done.output == "Error: sr-serve needs fastapi: pip install 'sr-sdk[serve]'\n"
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="no curl")
+def test_the_commands_of_the_readme_work(tmp_path):
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    (block,) = (found for found in re.findall(r"```sh\n(.*?)```", text, re.DOTALL) if "curl" in found)
+    Image.fromarray(photo()).save(tmp_path / "photo.jpg")
+    server = serving.make_server(tmp_path / "state", models=())
+    with serving.running(server) as address:
+        assert "http://127.0.0.1:8000" in block
+        script = block.replace("http://127.0.0.1:8000", address)
+        done = subprocess.run(
+            ["sh", "-ec", script], cwd=tmp_path, capture_output=True, text=True, timeout=serving.WAIT_S
+        )
+    assert done.returncode == 0, done.stderr
+    for name, shape in (("large.png", (48, 60, 3)), ("large.webp", (96, 120, 3))):
+        assert decoded((tmp_path / name).read_bytes()).shape == shape
+    assert '"state":"queued"' in done.stdout

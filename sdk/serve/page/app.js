@@ -214,7 +214,6 @@ function layOut() {
   ];
   at("pictures").style.width = `${width * scale}px`;
   at("pictures").style.height = `${height * scale}px`;
-  at("after").style.imageRendering = scale > 1 ? "pixelated" : "auto";
   view.scrollLeft = middle[0] * width * scale - view.clientWidth / 2;
   view.scrollTop = middle[1] * height * scale - view.clientHeight / 2;
   at("zoom").textContent = `${Math.round(100 * scale)} %`;
