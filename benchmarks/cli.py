@@ -23,6 +23,7 @@ from . import runtime as runtime_module
 from . import scaling as scaling_module
 from . import serve as serve_module
 from . import soak as soak_module
+from . import tiling as tiling_module
 from .contestants import Setup
 from .cores import limit_threads
 from .report import render
@@ -181,6 +182,20 @@ def serve(json_path: Path | None, **options: Any) -> None:
     """Hold sr-serve under many clients against upscale_file on the same photographs; takes the serve extra."""
     settings = serve_module.Settings(**options)
     _report(lambda: serve_module.run_serve(settings, progress=_tell), json_path)
+
+
+@main.command()
+@click.option("--model", help="Bundle folder or shipped model. Default: the shipped one.")
+@click.option("--size", type=Size(), metavar="HxW", default=(768, 1024), help="LR input. Default: 768x1024.")
+@click.option("--tile", type=click.IntRange(16), default=256, show_default=True, help="Side of a tile, LR pixels.")
+@click.option("--repeats", type=click.IntRange(1), default=5, show_default=True, help="Timed runs of each way.")
+@click.option("--picture", type=click.Path(path_type=Path), help="Make the input of this file. Default: a drawn one.")
+@click.option("--peer", type=click.Path(path_type=Path), help="A checkpoint for spandrel (extra peers), cut their way.")
+@json_option
+def tiling(json_path: Path | None, **options: Any) -> None:
+    """Hold the SDK's tiles, and tiles with 10 px around them as other tools cut them, against the untiled result."""
+    settings = tiling_module.Settings(**options)
+    _report(lambda: tiling_module.run_tiling(settings, progress=_tell), json_path)
 
 
 @main.command()

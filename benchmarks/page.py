@@ -27,6 +27,7 @@ TITLES = {
     "quality": "Quality",
     "restoration": "Restoration",
     "latency": "Latency",
+    "tiling": "Tiles and their seams",
     "roofline": "Share of what the processor could do",
     "scaling": "How time grows",
     "soak": "Hours of mixed requests",

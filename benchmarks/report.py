@@ -41,6 +41,14 @@ QUALITY_COLUMNS = {
     "grid_db": ("grid dB", 2),
 }
 
+TILING_COLUMNS = {
+    "median_ms": ("median ms", 1),
+    "output_mp_per_s": ("output MP/s", 1),
+    "error": ("largest error", 0),
+    "off_percent": ("% of pixels off", 3),
+    "psnr_db": ("PSNR dB to whole", 1),
+}
+
 
 def render(result: dict[str, Any]) -> str:
     """Turn the result of any benchmark into text; the machine first."""
@@ -160,9 +168,24 @@ def _soak(result: dict[str, Any]) -> list[str]:
     return [table(headings, rows), "\n".join([about, memory, *error])]
 
 
+def tiling_table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Give headings and rows of a result of `sr-bench tiling`."""
+    (height, width), tile = result["size"], result["tile"]
+    rows = [
+        [f"{row['network']}, {width}x{height} in tiles of {tile}", row["way"]]
+        + [figure(row[key], decimals) for key, (_, decimals) in TILING_COLUMNS.items()]
+        for row in result["rows"]
+    ]
+    return ["network", "cut", *(heading for heading, _ in TILING_COLUMNS.values())], rows
+
+
+def _tiling(result: dict[str, Any]) -> list[str]:
+    return [table(*tiling_table(result), text_columns=2)]
+
+
 BODIES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "latency": _latency, "quality": _quality, "roofline": _roofline, "runtime": _runtime,
-    "scaling": _scaling, "soak": _soak,
+    "scaling": _scaling, "soak": _soak, "tiling": _tiling,
 }  # fmt: skip
 
 

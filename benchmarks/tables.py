@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .report import figure, measured, roofline_table
+from .report import figure, measured, roofline_table, tiling_table
 from .restoration import COLUMNS as RESTORATION_COLUMNS
 
 
@@ -151,9 +151,13 @@ def _soak(result: dict[str, Any]) -> list[Table]:
     ]
 
 
+def _tiling(result: dict[str, Any]) -> list[Table]:
+    return [Table(*tiling_table(result))]
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], list[Table]]] = {
     "quality": _quality, "latency": _latency, "runtime": _runtime, "restoration": _restoration, "train": _train,
-    "roofline": _roofline, "scaling": _scaling, "soak": _soak,
+    "roofline": _roofline, "scaling": _scaling, "soak": _soak, "tiling": _tiling,
 }  # fmt: skip
 
 
