@@ -39,6 +39,8 @@ def enlarge(
                 alpha = picture.alpha
                 if alpha is not None and runner.overlap.fade and not isinstance(alpha, np.ndarray):
                     alpha = np.full_like(picture.colour, alpha)  # its neighbour may not be constant
+                if window.channels in (2, 4) and not isinstance(alpha, np.ndarray):
+                    meter.forgo(len(plan.columns))
                 band = np.stack((picture.colour, alpha)) if isinstance(alpha, np.ndarray) else picture.colour[None]
                 band = band[:, row.start - start : row.stop - start]
                 band = tiling.pad_to(band, (row.stop - row.start, plan.padded[1]))

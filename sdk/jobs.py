@@ -155,7 +155,7 @@ class Steps:
 
     def _is_streamed(self, job: Job) -> bool:
         """Tell whether a picture is so large that it is better read and written in bands, and can be."""
-        if not large.is_large(job.source, job.target, scale=self.upscaler.scale):
+        if not large.is_large(job.source, job.target, scale=self.upscaler.scale, max_pixels=self.options.max_pixels):
             return False
         obstacle = self._obstacle(job)
         if obstacle:
@@ -224,8 +224,8 @@ class Steps:
         """Enlarge and write frame by frame; the last one is shown."""
         meter, shown = Meter(self.progress), None
         passes = resize.count_passes(source.size, self._target_size(source.size), scale=self.upscaler.scale)
-        shape, eight_bits = (*source.size, 4), np.dtype(np.uint8)
-        meter.expect(source.count * self.upscaler.count_windows(shape, eight_bits, self.options.tile, passes=passes))
+        windows = self.upscaler.count_windows(source.size, np.dtype(np.uint8), self.options.tile, passes=passes)
+        meter.expect(2 * source.count * windows)  # frames are RGBA
 
         def frames() -> Iterator[Frame]:
             nonlocal shown

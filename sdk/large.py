@@ -66,15 +66,16 @@ class Header:
         return self.size[0] * self.size[1] * self.channels * self.dtype.itemsize
 
 
-def is_large(source: Path, target: Path, *, scale: int) -> bool:
+def is_large(source: Path, target: Path, *, scale: int, max_pixels: int | None = None) -> bool:
     """Tell whether a file is better streamed: a result beyond LARGE_BYTES, in formats that can be.
 
-    No for what is not a picture, is animated, or is stored in a way that only `files.read` knows (CMYK and the like).
+    No for what is not a picture, has more than max_pixels, is animated, or is stored in a way that only `files.read`
+    knows (CMYK and the like).
     """
     if files.FORMATS.get(target.suffix.lower()) not in SAVERS:
         return False
     try:
-        header = read_header(source, max_pixels=None)
+        header = read_header(source, max_pixels=max_pixels)
     except SRError:
         return False
     return header.bytes * scale**2 > LARGE_BYTES
@@ -145,8 +146,8 @@ def read_header(path: Path, *, max_pixels: int | None) -> Header:
                 "bits, as PNG, JPEG or TIFF"
             )
         notes = []
-        if kind in ("TIFF", "MPO") and image.n_frames > 1:
-            notes.append(f"{image.n_frames} frames, only the first is read")
+        if kind in ("TIFF", "MPO") and image.is_animated:  # to count pages takes the square of their number
+            notes.append("several pages, only the first is read")
         if image.info.get("interlace") or image.info.get("progressive"):
             notes.append("is interlaced or progressive and is decoded whole: this takes memory")
         if opening.has_odd_gamma(image):

@@ -40,10 +40,18 @@ def split(image: np.ndarray) -> Planes:
     if channels in (2, 4):
         plane = image[:, :, -1]
         colour = bleed(colour, plane > 0)
-        alpha = plane[0, 0] if plane.min() == plane.max() else np.repeat(plane[:, :, None], 3, axis=2)
+        alpha = np.repeat(plane[:, :, None], 3, axis=2) if has_alpha(image) else plane[0, 0]
     if colour.shape[2] == 1:
         colour = np.repeat(colour, 3, axis=2)
     return Planes(np.ascontiguousarray(colour), alpha)
+
+
+def has_alpha(image: np.ndarray) -> bool:
+    """Tell whether a checked array has alpha that is to be enlarged: not the same everywhere."""
+    if image.ndim == 2 or image.shape[2] in (1, 3):
+        return False
+    plane = image[:, :, -1]
+    return bool(plane.min() != plane.max())
 
 
 def join(planes: Planes, *, channels: int | None) -> np.ndarray:

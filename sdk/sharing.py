@@ -8,11 +8,11 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
-from .errors import BackendError, OutOfMemory
+from .errors import OutOfMemory
 
 LOG = logging.getLogger(__name__)
 
@@ -23,7 +23,8 @@ class _Call:
 
     inputs: np.ndarray
     outputs: np.ndarray | None = None
-    done: threading.Event = field(default_factory=threading.Event)
+    is_taken: bool = False
+    is_done: bool = False
 
     def fits(self, other: _Call) -> bool:
         """Tell whether the windows of both can stand in one batch."""
@@ -39,8 +40,8 @@ class SharedBatches:
 
     def __init__(self, engine: Callable[[np.ndarray], np.ndarray], *, lanes: int, most: Callable[[], int]):
         self._engine, self._most = engine, most
-        self._lanes = threading.Semaphore(lanes)
-        self._lock = threading.Lock()
+        self._free = lanes
+        self._changed = threading.Condition()
         self._waiting: list[_Call] = []  # in the order in which they came
 
     def run(self, inputs: np.ndarray) -> np.ndarray:
@@ -49,30 +50,34 @@ class SharedBatches:
         Raises: what the engine raises for these windows alone.
         """
         call = _Call(inputs)
-        with self._lock:
+        with self._changed:
             self._waiting.append(call)
-        with self._lanes:
-            batch = self._take(call)
-            if batch:
-                self._run(batch)
-        call.done.wait()
+            self._changed.wait_for(lambda: call.is_done or (self._free and not call.is_taken))
+            batch = [] if call.is_done else self._take(call)
+        if batch:
+            self._run(batch)
         if call.outputs is not None:
             return call.outputs
-        with self._lanes:
+        with self._changed:
+            self._changed.wait_for(lambda: self._free)
+            self._free -= 1
+        try:
             return self._engine(inputs)
+        finally:
+            self._give_back()
 
     def _take(self, call: _Call) -> list[_Call]:
-        """Take a call and what fits into one batch with it; nothing if another thread has taken it."""
-        with self._lock:
-            if call not in self._waiting:
-                return []
-            batch, count = [call], len(call.inputs)
-            for other in self._waiting:
-                if other is not call and other.fits(call) and count + len(other.inputs) <= self._most():
-                    batch.append(other)
-                    count += len(other.inputs)
-            self._waiting = [waiting for waiting in self._waiting if waiting not in batch]
-            return batch
+        """Take a lane, a call, and what fits into one batch with it."""
+        batch, count, most = [call], len(call.inputs), self._most()
+        for other in self._waiting:
+            if other is not call and other.fits(call) and count + len(other.inputs) <= most:
+                batch.append(other)
+                count += len(other.inputs)
+        for taken in batch:
+            taken.is_taken = True
+            self._waiting.remove(taken)
+        self._free -= 1
+        return batch
 
     def _run(self, batch: list[_Call]) -> None:
         """Run a batch, and give every caller its part. Raises: what the engine raises, for a call that is alone."""
@@ -84,15 +89,22 @@ class SharedBatches:
             ends = np.cumsum([len(call.inputs) for call in batch])[:-1]
             for call, part in zip(batch, np.split(outputs, ends), strict=True):
                 call.outputs = part
-        except BackendError as exc:
+        except Exception as exc:
             if len(batch) == 1:
                 raise
+            # Whatever it is, it need not be every caller's: each is run alone, and told of its own.
             LOG.warning("a batch of %d calls failed, each is run alone: %s", len(batch), exc)
-            if isinstance(exc, OutOfMemory):
+            if isinstance(exc, (OutOfMemory, MemoryError)):
                 self._shrink(sum(len(call.inputs) for call in batch))
         finally:
             for call in batch:
-                call.done.set()
+                call.is_done = True
+            self._give_back()
+
+    def _give_back(self) -> None:
+        with self._changed:
+            self._free += 1
+            self._changed.notify_all()
 
     def _shrink(self, count: int) -> None:
         """After a lack of memory, let batches of several calls have half as many windows."""

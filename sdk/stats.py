@@ -46,7 +46,7 @@ class Meter:
     """Adds up what one picture costs, from any thread, and tells how far it is.
 
     progress: called when it is known how many windows there will be, and after each batch of them, in the thread that
-    ran it; what it raises ends the work.
+    ran it, but by one thread at a time and never with less than before; what it raises ends the work.
     """
 
     def __init__(self, progress: Progress | None = None) -> None:
@@ -55,12 +55,21 @@ class Meter:
         self._lock = threading.Lock()
         self._progress = progress
         self._expected = 0  # windows; 0 is not known yet
+        self._forgone = 0
+        self._telling = threading.Lock()
+        self._told = -1.0
 
-    def expect(self, tiles: int) -> None:
-        """Set how many windows there will be, unless that has been set for a whole that this is a part of."""
-        if not self._expected:
-            self._expected = tiles
-            self._tell()
+    def expect(self, tiles: int) -> bool:
+        """Set how many windows there will be; False if that has been set for a whole that this is a part of."""
+        if self._expected:
+            return False
+        self._expected = tiles
+        self._tell()
+        return True
+
+    def forgo(self, tiles: int) -> None:
+        """Take note of windows that were expected and turn out not to be needed."""
+        self._forgone += tiles
 
     def add(self, *, tiles: int = 0, pixels: int = 0, retries: int = 0) -> None:
         """Add to the counts."""
@@ -71,8 +80,12 @@ class Meter:
 
     def _tell(self) -> None:
         if self._progress and self._expected:
-            # A picture that is cut smaller for lack of memory has more windows than were expected.
-            self._progress(min(1.0, self._total.tiles / self._expected))
+            with self._telling:
+                # A picture that is cut smaller for lack of memory has more windows than were expected.
+                share = min(1.0, (self._total.tiles + self._forgone) / self._expected)
+                if share > self._told:
+                    self._told = share
+                    self._progress(share)
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:

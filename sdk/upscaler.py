@@ -138,8 +138,8 @@ class Upscaler:
         tile: side of a tile in LR pixels, without its halo; None runs in one piece where that fits in memory.
         factor, size: instead of `scale`; size is (height, width) of the result, one of which may be None to keep the
         shape. The network is applied as often as comes nearest, then one antialiased resize gives the exact size.
-        progress: called with the share of the windows that have been run, 0 to 1, in the threads that run them; what it
-        raises ends the work and comes out here.
+        progress: called with the share of the windows that have been run, 0 to 1 and rising, in the threads that run
+        them, one at a time; what it raises ends the work and comes out here.
         Returns: the same type, dtype and channels, a new array or picture of (H*scale, W*scale). PIL palettes, CMYK and
         the like become RGB or RGBA; ICC profile and EXIF stay in `info`, and an orientation in it is not applied.
         Raises: ImageError for anything else; OptionError for another tile, factor or size; OutOfMemory or another
@@ -326,18 +326,20 @@ class Upscaler:
         result = image
         with _memory_errors(image.shape):
             passes = resize.count_passes(image.shape[:2], wanted, scale=self.scale)
-            meter.expect(self.count_windows(image.shape, image.dtype, tile, passes=passes))
+            windows = self.count_windows(image.shape[:2], image.dtype, tile, passes=passes)
+            is_opaque = not planes.has_alpha(image)
+            if not meter.expect(windows if is_opaque else 2 * windows) and is_opaque:
+                meter.forgo(windows)  # of a frame, whose alpha was expected to need some
             for _ in range(passes):
                 result = self._pass(result, tile, meter)
             result = resize.resize(result, wanted)
         meter.add(pixels=shape_pixels(image))
         return result
 
-    def count_windows(self, shape: tuple[int, ...], dtype: np.dtype, tile: int | None, *, passes: int) -> int:
-        """Tell how many windows an array will be cut into, those of alpha among them, in all passes."""
-        sizes = [(shape[0] * self.scale**done, shape[1] * self.scale**done) for done in range(passes)]
-        pictures = 2 if len(shape) == 3 and shape[2] in (2, 4) else 1
-        return pictures * sum(self._runner.plan(size, dtype, tile).count for size in sizes)
+    def count_windows(self, size: tuple[int, int], dtype: np.dtype, tile: int | None, *, passes: int) -> int:
+        """Tell how many windows a picture of (height, width) will be cut into, in all passes; alpha not counted."""
+        sizes = [(size[0] * self.scale**done, size[1] * self.scale**done) for done in range(passes)]
+        return sum(self._runner.plan(each, dtype, tile).count for each in sizes)
 
     def _upscale_on_device(self, image: Any, tile: int | None, meter: Meter) -> Any:
         if self._runner.overlap.fade:

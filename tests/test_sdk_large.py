@@ -590,3 +590,25 @@ def test_memory_stays_flat(tmp_path: Path) -> None:
     result = pyvips.Image.new_from_file(str(tmp_path / "out.jpg"))
     assert (result.width, result.height) == (10000, 10000)
     assert float(done.stdout) < 60, done.stdout  # what allocators leave unused; up to 40 was seen
+
+
+def test_the_pages_of_a_tiff_are_not_counted(tmp_path, monkeypatch):
+    """Pillow takes the square of their number for it: a small file of many pages would hold a server up for ever."""
+    from PIL import TiffImagePlugin
+
+    def count(self: object) -> int:
+        raise AssertionError("counted")
+
+    image = Image.fromarray(np.zeros((8, 8, 3), np.uint8))
+    image.save(tmp_path / "in.tif", save_all=True, append_images=[image] * 3)
+    monkeypatch.setattr(TiffImagePlugin.TiffImageFile, "n_frames", property(count))
+    header = large.read_header(tmp_path / "in.tif", max_pixels=None)
+    assert header.notes == ("several pages, only the first is read",)
+
+
+def test_a_picture_beyond_the_limit_is_not_opened_to_see_whether_it_is_large(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(large, "read_header", lambda path, *, max_pixels: seen.append(max_pixels))
+    with pytest.raises(AttributeError):  # of None, which stands for a header here
+        large.is_large(tmp_path / "in.ico", tmp_path / "out.png", scale=2, max_pixels=10)
+    assert seen == [10]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 from PIL import Image
 
 from sdk import ImageError, Upscaler, jobs, large
+from sdk.stats import Meter
 
 pytest.importorskip("onnxruntime")
 
@@ -52,7 +54,8 @@ def test_constant_alpha_needs_no_windows_of_its_own(upscaler):
     image, told = photo(40, 50, 4), []
     image[:, :, 3] = 255
     upscaler.upscale(image, tile=16, progress=told.append)
-    assert told[-1] == 0.5  # it is not known before the picture has been looked at
+    assert told[-1] == 1
+    assert len(told) == 10  # nothing, and 9 windows
 
 
 def test_progress_changes_no_pixel(upscaler):
@@ -82,7 +85,7 @@ def test_progress_of_an_animation_is_that_of_all_its_frames(upscaler, tmp_path):
     frames[0].save(tmp_path / "in.webp", save_all=True, append_images=frames[1:], lossless=True)
     told: list[float] = []
     upscaler.upscale_file(tmp_path / "in.webp", tmp_path / "out.png", progress=told.append)
-    assert told == [0, 0.1, 0.2, 0.3, 0.4, 0.5]  # frames are RGBA; here alpha is the same everywhere
+    assert told == [0, 0.2, 0.4, 0.6, 0.8, 1]
     with pytest.raises(Stop):
         upscaler.upscale_file(tmp_path / "in.webp", tmp_path / "stopped.png", progress=stop_at(0.3))
     assert not (tmp_path / "stopped.png").exists()
@@ -100,6 +103,23 @@ def test_progress_of_a_streamed_picture(upscaler, tmp_path, monkeypatch):
     with pytest.raises(Stop):
         upscaler.upscale_file(tmp_path / "in.png", tmp_path / "stopped.png", tile=32, progress=stop_at(0.5))
     assert not (tmp_path / "stopped.png").exists()
+
+
+def test_progress_never_goes_back_nor_comes_twice_at_once():
+    told, inside = [], []
+
+    def progress(share: float) -> None:
+        inside.append(share)
+        assert len(inside) == 1
+        told.append(share)
+        inside.clear()
+
+    meter = Meter(progress)
+    meter.expect(4000)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: meter.add(tiles=1), range(4000)))
+    assert told == sorted(set(told))
+    assert told[-1] == 1
 
 
 @pytest.mark.parametrize("streamed", [False, True])

@@ -100,6 +100,44 @@ def test_a_failed_batch_hurts_only_the_call_whose_windows_fail():
     assert "20 is bad" in str(second)
 
 
+@pytest.mark.parametrize("error", [ValueError, MemoryError])
+def test_whatever_ends_a_batch_is_not_every_callers(error):
+    def fails(inputs: np.ndarray) -> None:
+        if len(inputs) > 1:
+            raise error("together")
+
+    results = run_behind_a_busy_engine(Engine(fails), [windows(1, n) for n in (10, 20, 30)], most=8)
+    for result, value in zip(results, (20, 40, 60), strict=True):
+        np.testing.assert_array_equal(result, windows(1, value))
+
+
+def test_nobody_waits_for_a_lane_whose_windows_have_been_run():
+    """Two kinds wait behind a busy engine; those of the first kind are back before the second has begun."""
+    engine, second = Engine(), threading.Event()
+    shared = SharedBatches(engine, lanes=1, most=lambda: 8)
+
+    def hold(inputs: np.ndarray) -> None:
+        if inputs.shape[1] == 8:
+            assert second.wait(WAIT_S)
+
+    engine.fails = hold
+    with ThreadPoolExecutor(8) as pool:
+        busy = pool.submit(shared.run, windows(1, 1))
+        assert engine.begun.wait(WAIT_S)
+        first = [pool.submit(shared.run, windows(1, 10)) for _ in range(3)]
+        while len(shared._waiting) < 3:
+            pass
+        last = pool.submit(shared.run, windows(1, 20, side=8))
+        while len(shared._waiting) < 4:
+            pass
+        engine.go.set()
+        for future in first:
+            future.result(WAIT_S)
+        second.set()
+        last.result(WAIT_S)
+        busy.result(WAIT_S)
+
+
 def test_out_of_memory_together_makes_later_batches_smaller():
     def fails(inputs: np.ndarray) -> None:
         if len(inputs) > 2:
