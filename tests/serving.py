@@ -25,6 +25,7 @@ from PIL import Image
 from sdk.errors import SRError
 from sdk.serve import models as serve_models
 from sdk.serve.app import build_app
+from sdk.serve.connections import protocol
 from sdk.serve.options import Options
 from sdk.serve.server import Server
 
@@ -42,10 +43,12 @@ def make_server(state: Path, **options: object) -> Server:
 
 
 @contextmanager
-def running(server: Server) -> Iterator[str]:
+def running(server: Server, *, port: int = 0) -> Iterator[str]:
     """Run a server in a thread; give its address when it is ready."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        config = uvicorn.Config(build_app(server), log_level="warning", lifespan="on", timeout_graceful_shutdown=5)
+    with socket.create_server(("127.0.0.1", port)) as listener:
+        config = uvicorn.Config(
+            build_app(server), http=protocol(100), log_level="warning", lifespan="on", timeout_graceful_shutdown=5
+        )
         runner = uvicorn.Server(config)
         thread = threading.Thread(target=runner.run, kwargs={"sockets": [listener]})
         thread.start()

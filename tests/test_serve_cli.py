@@ -50,11 +50,11 @@ def test_it_says_where_it_is_and_ends_when_told(tmp_path):
 
 
 def test_a_second_signal_does_not_wait_for_the_clients(tmp_path):
-    with serving.Command(tmp_path / "state", "--receive-timeout", "1000") as command:
+    with serving.Command(tmp_path / "state", "--transfer-timeout", "1000") as command:
         host, port = command.address.removeprefix("http://").split(":")
         with socket.create_connection((host, int(port))) as connection:
             connection.sendall(b"POST /v1/upscale HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n")
-            until(lambda: "sr_requests_taken 1.0" in httpx.get(f"{command.address}/metrics").text)
+            until(lambda: "sr_requests_receiving 1.0" in httpx.get(f"{command.address}/metrics").text)
             command.process.send_signal(signal.SIGINT)
             until(lambda: not _answers(command.address))
             assert command.process.poll() is None
@@ -86,11 +86,21 @@ def test_what_cannot_be_started_with_is_told(tmp_path):
     assert "holds no key" in refused("--api-keys", str(tmp_path / "keys"), state=state)
     (tmp_path / "keys").write_bytes(b"\xff\xfe")
     assert "it is not text" in refused("--api-keys", str(tmp_path / "keys"), state=state)
+    (tmp_path / "keys").write_text("schl\u00fcssel\n", encoding="utf-8")
+    assert "printable ASCII" in refused("--api-keys", str(tmp_path / "keys"), state=state)
     (tmp_path / "file").write_text("")
     assert "jobs cannot be kept there" in refused(state=tmp_path / "file")
     assert "backend 'abacus': one of auto" in refused("--backend", "abacus", state=state)
     (twin / "main.fp32.uint8.onnx").write_bytes(b"")
     assert "Error" in refused(state=state, model=twin)
+
+
+def test_what_else_stands_in_the_folder_is_left_alone(tmp_path):
+    state = tmp_path / "mine"
+    (state / "work").mkdir(parents=True)
+    (state / "work" / "precious.txt").write_text("mine")
+    with serving.Command(state):
+        assert (state / "work" / "precious.txt").read_text() == "mine"
 
 
 def test_one_server_for_one_folder(tmp_path):
@@ -101,7 +111,7 @@ def test_one_server_for_one_folder(tmp_path):
 def test_whoever_listens_to_everybody_is_warned_unless_there_are_keys(tmp_path):
     with serving.Command(tmp_path / "state", "--host", "0.0.0.0") as command:
         assert "--api-keys FILE lets only some" in command.log
-    (tmp_path / "keys").write_text("# ours\nsecret\n")
+    (tmp_path / "keys").write_text("\ufeff  # ours\n secret \n", encoding="utf-8")
     with serving.Command(tmp_path / "other", "--host", "0.0.0.0", "--api-keys", str(tmp_path / "keys")) as command:
         assert "WARNING" not in command.log
         address = command.address.replace("0.0.0.0", "127.0.0.1")
@@ -150,4 +160,4 @@ def test_the_commands_of_the_readme_work(tmp_path):
     assert done.returncode == 0, done.stderr
     for name, shape in (("large.png", (48, 60, 3)), ("large.webp", (96, 120, 3))):
         assert decoded((tmp_path / name).read_bytes()).shape == shape
-    assert '"state":"queued"' in done.stdout
+    assert '{"id":' in done.stdout

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import sqlite3
+import threading
+from pathlib import Path
 
 import bundles
 import httpx
@@ -18,7 +20,11 @@ pytest.importorskip("fastapi")
 import serving
 from serving import Slow, decoded, encoded, left_files, photo, until
 
-from sdk import Upscaler
+from sdk import ImageError, Upscaler
+from sdk.serve import jobs, models
+from sdk.serve import server as servers
+from sdk.serve.server import WORK
+from sdk.serve.store import Store
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +147,7 @@ def test_a_store_that_fails_is_told_and_recovered_from(tmp_path, monkeypatch):
     with serving.client(server) as client:
         finish, failures = server.store.finish, iter([1])
 
-        def full(name: str, result: bytes) -> None:
+        def full(name: str, result: Path) -> None:
             if next(failures, None):
                 raise sqlite3.OperationalError("database or disk is full")
             finish(name, result)
@@ -152,7 +158,7 @@ def test_a_store_that_fails_is_told_and_recovered_from(tmp_path, monkeypatch):
         assert lost[1]["error"] == "the server has no room for it (database or disk is full)"
         assert follow(client, add(client, photo()))[-1][0] == "done"
 
-        def refuse(order: str, source: bytes) -> None:
+        def refuse(order: str, source: Path) -> None:
             raise sqlite3.OperationalError("database or disk is full")
 
         monkeypatch.setattr(server.store, "add", refuse)
@@ -160,6 +166,76 @@ def test_a_store_that_fails_is_told_and_recovered_from(tmp_path, monkeypatch):
         assert answer.status_code == 507
         assert "disk is full" in answer.json()["detail"]
     assert left_files(server) == []
+
+
+def test_an_end_that_could_not_be_kept_is_kept_later(tmp_path, monkeypatch):
+    server = serving.make_server(tmp_path / "state")
+    fail, failures = server.store.fail, iter([1, 1])
+
+    def full(name: str, status: int, error: str) -> None:
+        if next(failures, None):
+            raise sqlite3.OperationalError("database or disk is full")
+        fail(name, status, error)
+
+    monkeypatch.setattr(server.store, "fail", full)
+    with serving.client(server) as client:
+        assert follow(client, client.post("/v1/jobs", content=b"hello").json()["id"])[-1][0] == "failed"
+
+
+def test_threads_outlive_whatever_happens_to_the_store(tmp_path, monkeypatch):
+    server = serving.make_server(tmp_path / "state", job_workers=1)
+    take, failures = server.store.take, iter([MemoryError(), sqlite3.OperationalError("locked"), OSError()])
+
+    def spoilt():
+        if error := next(failures, None):
+            raise error
+        return take()
+
+    monkeypatch.setattr(server.store, "take", spoilt)
+    monkeypatch.setattr(jobs, "IDLE_S", 0.01)
+    with serving.client(server) as client:
+        assert follow(client, add(client, photo()))[-1][0] == "done"
+
+
+def test_a_job_whose_model_is_gone_says_so(tmp_path):
+    with serving.client(serving.make_server(tmp_path / "state", grace_s=0)) as client:
+        add(client, photo(), model="blur")
+        name = add(client, photo(), model="blur")
+    with serving.client(serving.make_server(tmp_path / "state", models=(str(bundles.shared("unet")),))) as client:
+        state = follow(client, name)[-1][1]
+        assert state["state"] == "done" or state["error"] == "model 'blur': this server has unet"
+
+
+def test_a_result_without_room_fails(tmp_path, monkeypatch):
+    server = serving.make_server(tmp_path / "state")
+    monkeypatch.setattr(server.store, "_max_bytes", 20_000)
+    with serving.client(server) as client:
+        name = add(client, np.zeros((100, 100, 3), np.uint8), format="bmp")  # 120 kB
+        assert "no room for the result" in follow(client, name)[-1][1]["error"]
+
+
+def test_work_that_cannot_be_stopped_does_not_keep_the_server(tmp_path, monkeypatch):
+    monkeypatch.setattr(servers, "STOP_S", 0.2)
+    begun, go = threading.Semaphore(0), threading.Event()
+
+    def stuck(*arguments: object, **options: object) -> None:
+        begun.release()
+        go.wait(serving.WAIT_S)
+        raise ImageError("at last")
+
+    monkeypatch.setattr(models.jobs, "run_file", stuck)
+    server = serving.make_server(tmp_path / "state", workers=1, request_s=0.1, grace_s=0)
+    with serving.client(server) as client:
+        name = add(client, photo())
+        assert begun.acquire(timeout=serving.WAIT_S)
+        assert client.get("/readyz").status_code == 200
+        assert client.post("/v1/upscale", content=encoded(photo())).status_code == 504
+        assert client.get("/readyz").status_code == 503  # the only worker is stuck
+    assert not server.is_still
+    go.set()
+    store = Store(tmp_path / "state", keep_s=1, max_bytes=1)
+    assert store.get(name).state == "queued"
+    store.close()
 
 
 def test_jobs_left_at_the_end_are_done_by_the_next_server(tmp_path, monkeypatch, upscaler):
@@ -187,7 +263,7 @@ def test_a_server_that_is_killed_loses_no_job(tmp_path, upscaler):
         until(lambda: 0 < client.get(f"/v1/jobs/{names[0]}").json()["progress"] < 1)
         command.kill()
         client.close()
-    assert list((tmp_path / "state" / "work").iterdir())  # what a killed process leaves
+    assert list((tmp_path / "state" / WORK).iterdir())  # what a killed process leaves
     with (
         serving.Command(tmp_path / "state", "--memory", "1") as command,
         httpx.Client(base_url=command.address, timeout=serving.WAIT_S) as client,
@@ -196,7 +272,7 @@ def test_a_server_that_is_killed_loses_no_job(tmp_path, upscaler):
             until(lambda name=name: state(client, name) in ("done", "failed"))
             result = decoded(client.get(f"/v1/jobs/{name}/result").content)
             np.testing.assert_array_equal(result, upscaler.upscale(image))
-        until(lambda: not list((tmp_path / "state" / "work").iterdir()))
+        until(lambda: not list((tmp_path / "state" / WORK).iterdir()))
         assert command.end() == 0
 
 

@@ -192,7 +192,8 @@ def test_progress_is_seen_and_can_be_cancelled(open_page, monkeypatch):
     page, server = open_page()
     page.locator("#file").set_input_files(picture(photo()))
     page.get_by_role("button", name="Enlarge").click()
-    playwright.expect(page.locator("#status")).to_have_text("Enlarging: 50 %")
+    playwright.expect(page.locator("#status")).to_have_text("Enlarging…")
+    playwright.expect(page.locator("#share")).to_have_text("50 %")
     assert page.get_by_role("progressbar").get_attribute("value") == "0.5"
     assert page.get_by_role("button", name="Enlarge").is_disabled()
     page.get_by_role("button", name="Cancel").click()
@@ -209,7 +210,7 @@ def test_leaving_the_page_stops_the_work(open_page, monkeypatch):
     page, server = open_page()
     page.locator("#file").set_input_files(picture(photo()))
     page.get_by_role("button", name="Enlarge").click()
-    playwright.expect(page.locator("#status")).to_have_text("Enlarging: 50 %")
+    playwright.expect(page.locator("#status")).to_have_text("Enlarging…")
     page.goto("about:blank")
     assert slow.ended.wait(serving.WAIT_S)
     serving.until(lambda: sum(server.store.counts().values()) == 0)
@@ -239,6 +240,33 @@ def test_a_server_with_keys_asks_for_one(open_page):
     page.locator("#file").set_input_files(picture(photo()))
     page.get_by_role("button", name="Enlarge").click()
     finish(page)
+
+
+def test_factor_1_is_offered_by_models_that_keep_the_size(open_page):
+    page, _ = open_page(models=("fast-x2", "fast-x1-jpeg"), backend="auto")
+    assert page.locator("#same").is_disabled()
+    page.locator("#model").select_option("fast-x1-jpeg")
+    assert page.locator("#same").is_enabled()
+    page.locator("#factor").select_option("1")
+    page.locator("#model").select_option("fast-x2")
+    assert page.locator("#factor").input_value() == ""
+
+
+def test_a_server_that_comes_back_finishes_the_picture(browser, tmp_path, monkeypatch):
+    context = browser.new_context()
+    page = context.new_page()
+    with monkeypatch.context() as patched:
+        slow = Slow(patched)
+        with serving.running(serving.make_server(tmp_path / "state", grace_s=0)) as address:
+            page.goto(address)
+            page.locator("#file").set_input_files(picture(photo()))
+            page.get_by_role("button", name="Enlarge").click()
+            assert slow.begun.acquire(timeout=serving.WAIT_S)
+        playwright.expect(page.locator("#status")).to_have_text("Waiting for the server…")
+    port = int(address.rsplit(":", 1)[1])
+    with serving.running(serving.make_server(tmp_path / "state"), port=port):
+        finish(page)
+    context.close()
 
 
 def test_formats_that_the_browser_does_not_show_can_be_downloaded(open_page):

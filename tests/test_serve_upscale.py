@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import bundles
+import httpx
 import numpy as np
 import pytest
 from PIL import Image
@@ -21,6 +22,7 @@ import serving
 from serving import Slow, decoded, encoded, left_files, photo, until
 
 from sdk import OutOfMemory, OutputError, Upscaler
+from sdk.serve import connections
 from sdk.serve import models as serve_models
 from sdk.serve.orders import MEDIA_TYPES
 
@@ -252,12 +254,12 @@ def test_work_for_a_client_that_leaves_is_ended(open_client, monkeypatch):
 
 
 def test_a_body_that_does_not_come_gives_its_place_back(open_client):
-    client, server = open_client(receive_s=0.2)
+    client, server = open_client(transfer_s=0.2)
     with socket.create_connection((client.base_url.host, client.base_url.port)) as connection:
         connection.sendall(b"POST /v1/upscale HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\nhello")
         connection.settimeout(serving.WAIT_S)
         assert connection.recv(4096).startswith(b"HTTP/1.1 408")
-    until(lambda: server.desk.taken == 0)
+    until(lambda: server.desk.receiving == 0)
     assert left_files(server) == []
 
 
@@ -286,11 +288,104 @@ def test_only_those_with_a_key_are_served(open_client):
         assert client.get(path).status_code == 200
 
 
-def test_pages_of_other_sites_cannot_have_work_done(client):
-    answer = client.post("/v1/upscale", content=encoded(photo()), headers={"Sec-Fetch-Site": "cross-site"})
-    assert answer.status_code == 403
-    answer = client.post("/v1/upscale", content=encoded(photo()), headers={"Sec-Fetch-Site": "same-origin"})
-    assert answer.status_code == 200
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"Sec-Fetch-Site": "cross-site"}, 403),
+        ({"Sec-Fetch-Site": "same-site"}, 403),
+        ({"Sec-Fetch-Site": "same-origin", "Origin": "https://proxied.example"}, 200),
+        ({"Sec-Fetch-Site": "none"}, 200),
+        ({"Origin": "http://evil.example"}, 403),
+        ({"Origin": "null"}, 403),
+        ({}, 200),
+    ],
+)
+def test_pages_of_other_sites_are_refused(client, headers, status):
+    answer = client.post("/v1/upscale", content=encoded(photo()), headers=headers)
+    assert answer.status_code == status
+    assert client.get("/v1/models", headers=headers).status_code == 200
+
+
+def test_a_mistake_of_ours_is_a_500_and_counted_as_one(open_client, monkeypatch):
+    client, server = open_client()
+    monkeypatch.setattr(server.models, "describe", lambda: 1 / 0)
+    answer = client.get("/v1/models")
+    assert answer.status_code == 500
+    assert answer.json()["detail"] == "the server made a mistake; its log tells more"
+    metrics = httpx.get(client.base_url.join("/metrics")).text
+    assert 'sr_http_requests_total{method="GET",route="/v1/models",status="500"} 1.0' in metrics
+
+
+def test_clients_that_leave_while_sending_are_no_news(open_client, caplog):
+    client, server = open_client()
+    for _ in range(5):
+        with socket.create_connection((client.base_url.host, client.base_url.port)) as connection:
+            connection.sendall(b"POST /v1/upscale HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\nhello")
+    until(lambda: 'status="499"} 5.0' in client.get("/metrics").text)
+    assert server.desk.receiving == 0
+    assert "Traceback" not in caplog.text
+    assert left_files(server) == []
+
+
+def test_results_that_nobody_reads_keep_their_place_and_go(open_client):
+    client, server = open_client(transfer_s=0.5, places=1)
+    large, stream = np.random.default_rng(0).integers(0, 256, (1200, 1200, 3), dtype=np.uint8), io.BytesIO()
+    Image.fromarray(large).save(stream, "PNG")
+    head = f"POST /v1/upscale?format=bmp HTTP/1.1\r\nHost: x\r\nContent-Length: {stream.tell()}\r\n\r\n".encode()
+    with socket.create_connection((client.base_url.host, client.base_url.port)) as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.sendall(head + stream.getvalue())
+        until(lambda: server.desk.taken == 1 and not server.desk.working and left_files(server))
+        assert client.post("/v1/upscale", content=encoded(photo())).status_code == 429
+        until(lambda: server.desk.taken == 0)
+        assert left_files(server) == []
+
+
+def test_connections_that_say_nothing_are_closed(open_client, monkeypatch):
+    monkeypatch.setattr(connections, "HEAD_S", 0.2)
+    client, _ = open_client()
+    address = client.base_url.host, client.base_url.port
+    heads = [b"", b"GET /healthz HTTP/1.1\r\nHo"]
+    heads.append(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n" + heads[1])  # the second one of a connection
+    for head in heads:
+        with socket.create_connection(address, timeout=serving.WAIT_S) as connection:
+            connection.sendall(head)
+            while connection.recv(4096):
+                pass  # until it is closed
+    assert client.get("/healthz").status_code == 200
+
+
+def test_there_are_not_more_connections_than_files(open_client):
+    client, _ = open_client()
+    address = client.base_url.host, client.base_url.port
+    held = []
+    for _ in range(110):  # the server of these tests takes 100
+        held.append(socket.create_connection(address, timeout=serving.WAIT_S))
+    closed = 0
+    for connection in held[-5:]:
+        try:
+            closed += connection.recv(1) == b""
+        except ConnectionResetError:
+            closed += 1
+    assert closed == 5
+    for connection in held:
+        connection.close()
+    until(lambda: _answers(client))
+    assert connections.connection_limit() >= 1
+
+
+def _answers(client) -> bool:
+    try:
+        return client.get("/healthz").status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+def test_avif_has_a_limit_of_its_own(open_client):
+    client, _ = open_client(max_result_pixels=8 * 2000)
+    assert client.post("/v1/upscale", params={"format": "avif"}, content=encoded(photo())).status_code == 422
+    assert client.post("/v1/upscale", params={"format": "avif"}, content=encoded(photo(10, 10))).status_code == 200
+    assert client.post("/v1/upscale", content=encoded(photo())).status_code == 200
 
 
 def test_the_page_may_load_nothing_from_elsewhere(client):

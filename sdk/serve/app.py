@@ -15,7 +15,6 @@ from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
 from fastapi.security import HTTPBearer
 from fastapi_offline import FastAPIOffline
 from pydantic import BaseModel
-from starlette.background import BackgroundTask
 
 from ..version import __version__
 from . import metrics
@@ -23,13 +22,13 @@ from .described import BODY, EVENTS, METRICS, PICTURE, TOO_MUCH, UNFINISHED, Res
 from .guard import Guard, key_check
 from .options import MIB
 from .orders import Failure, Order, Watch
-from .receiving import receive, wait
+from .receiving import CLOSED, ResultResponse, receive, wait
 from .server import Server
-from .store import Job
+from .store import Job, NoRoom
 
 PAGE = Path(__file__).parent / "page"
+HEARTBEAT_S = 15.0
 POLL_S = 0.2  # how often a job's events are looked for
-CLOSED = 499  # what is counted when the client has gone
 JOBS_ADVICE = "send a smaller picture, or post it to /v1/jobs"
 
 
@@ -75,6 +74,7 @@ def build_app(server: Server) -> FastAPI:
     app.add_middleware(Guard, max_body=server.options.max_body_mib * MIB, count=server.metrics.count)
     app.add_exception_handler(Failure, _answer_failure)
     app.add_exception_handler(sqlite3.Error, _answer_full_store)
+    app.add_exception_handler(Exception, _answer_mistake)
     keyed = [Depends(key_check(server.options.keys))]
     if server.options.keys:  # so that the documentation knows
         keyed.append(Depends(HTTPBearer(auto_error=False)))
@@ -110,14 +110,22 @@ def _pictures(server: Server) -> APIRouter:
     async def upscale(request: Request, order: Annotated[Order, Query()]) -> Response:
         """Enlarge a picture and answer with the result; the work stops if the client leaves."""
         server.models.check(order)
-        with server.desk.place():
-            source = server.models.new_file("source")
-            await receive(request, source, limit_s=server.options.receive_s)
+        source = await _received(request, server)
+        try:
+            give_back = server.desk.take_place()
+        except Failure:
+            source.unlink()
+            raise
+        try:
             watch = Watch(server.options.request_s, advice=JOBS_ADVICE)
             target = await wait(request, server.desk.submit(order, source, watch), watch)
+        except BaseException:
+            give_back()
+            raise
         if target is None:
+            give_back()
             return Response(status_code=CLOSED)
-        return FileResponse(target, media_type=order.media_type, background=BackgroundTask(target.unlink))
+        return ResultResponse(target, media_type=order.media_type, limit_s=server.options.transfer_s, after=give_back)
 
     @router.get("/v1/models")
     async def models() -> list[ModelFacts]:
@@ -125,6 +133,17 @@ def _pictures(server: Server) -> APIRouter:
         return [ModelFacts(**facts) for facts in server.models.describe()]
 
     return router
+
+
+async def _received(request: Request, server: Server) -> Path:
+    """Let a picture come in, and give its file. Raises: Failure."""
+    end = server.desk.begin_receiving()
+    try:
+        source = server.models.new_file("source")
+        await receive(request, source, limit_s=server.options.transfer_s)
+        return source
+    finally:
+        end()
 
 
 def _jobs(server: Server) -> APIRouter:
@@ -135,15 +154,14 @@ def _jobs(server: Server) -> APIRouter:
     async def add_job(request: Request, response: Response, order: Annotated[Order, Query()]) -> JobState:
         """Accept a picture to be enlarged later; it is done even if the server is restarted meanwhile."""
         server.models.check(order)
-        with server.desk.place():
-            source = server.models.new_file("source")
-            await receive(request, source, limit_s=server.options.receive_s)
-            try:
-                name = await asyncio.to_thread(lambda: server.store.add(order.model_dump_json(), source.read_bytes()))
-            finally:
-                source.unlink()
-        if name is None:
-            raise Failure(429, "the store of jobs is full: fetch and remove some, or try again later", retry_after_s=60)
+        source = await _received(request, server)
+        try:
+            name = await asyncio.to_thread(server.store.add, order.model_dump_json(), source)
+        except NoRoom as exc:
+            full = "the store of jobs is full: fetch and remove some, or try again later"
+            raise Failure(429, full, retry_after_s=60) from exc
+        finally:
+            source.unlink()
         server.runner.wake()
         response.headers["Location"] = f"/v1/jobs/{name}"
         return await find(name)
@@ -161,8 +179,13 @@ def _jobs(server: Server) -> APIRouter:
         async def follow() -> AsyncIterator[str]:
             state = first
             yield _event(state)
+            silent = 0
             while state.state in ("queued", "running") and not server.draining.is_set():
                 await asyncio.sleep(POLL_S)
+                silent += 1
+                if silent * POLL_S > HEARTBEAT_S:
+                    silent = 0
+                    yield ": still waiting\n\n"  # proxies cut what says nothing for a minute
                 try:
                     now = await find(name)
                 except Failure as exc:
@@ -178,11 +201,12 @@ def _jobs(server: Server) -> APIRouter:
     async def result(name: str) -> Response:
         """Give the result of a job that is done."""
         found = await asyncio.to_thread(server.store.get, name)
-        data = await asyncio.to_thread(server.store.result, name)
-        if found is None or data is None:
+        if found is None or found.state != "done":
             state = await find(name)
             raise Failure(409, state.error or f"the job is {state.state}")
-        return Response(data, media_type=Order.model_validate_json(found.order).media_type)
+        media_type = Order.model_validate_json(found.order).media_type
+        headers = {"Content-Length": str(found.bytes)}
+        return StreamingResponse(server.store.pieces(name), media_type=media_type, headers=headers)
 
     @router.delete("/v1/jobs/{name}", status_code=204, responses=unknown)
     async def remove(name: str) -> None:
@@ -234,6 +258,8 @@ def _health(server: Server, keyed: Sequence[Any]) -> APIRouter:
             raise Failure(503, "the server is about to end")
         if not server.warmed.is_set():
             raise Failure(503, "the model is being opened")
+        if server.desk.is_stuck:
+            raise Failure(503, "every worker is at a picture that takes longer than it may, and cannot be stopped")
         return {"status": "ready"}
 
     @router.get("/metrics", response_class=Response, responses={200: METRICS}, dependencies=[*keyed])
@@ -252,3 +278,8 @@ def _answer_failure(_: Request, exc: Exception) -> JSONResponse:
 
 def _answer_full_store(_: Request, exc: Exception) -> JSONResponse:
     return JSONResponse({"detail": f"the store of jobs cannot be written ({exc})"}, 507)
+
+
+def _answer_mistake(_: Request, exc: Exception) -> JSONResponse:
+    """Answer what we did not expect; Starlette raises it again, so that the log has it."""
+    return JSONResponse({"detail": "the server made a mistake; its log tells more"}, 500)

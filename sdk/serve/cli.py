@@ -47,7 +47,11 @@ COUNT = click.IntRange(min=1)
 @click.option("--max-pixels", type=COUNT, default=Options.max_pixels, help="Of a picture.")
 @click.option("--max-result-pixels", type=COUNT, default=Options.max_result_pixels, help="Of a result.")
 @click.option(
-    "--receive-timeout", "receive_s", type=SECONDS, default=Options.receive_s, help="s for a body to come in."
+    "--transfer-timeout",
+    "transfer_s",
+    type=SECONDS,
+    default=Options.transfer_s,
+    help="s for a body to come in, and for a result to go out.",
 )
 @click.option("--timeout", "request_s", type=SECONDS, default=Options.request_s, help="s for the work on a request.")
 @click.option("--job-timeout", "job_s", type=SECONDS, default=Options.job_s, help="s for the work on a job.")
@@ -86,6 +90,7 @@ def _run(listener: socket.socket, state: Path, options: Options) -> SRError | No
     import uvicorn
 
     from .app import build_app
+    from .connections import connection_limit, protocol
     from .server import Server
 
     failures: list[SRError] = []
@@ -104,7 +109,13 @@ def _run(listener: socket.socket, state: Path, options: Options) -> SRError | No
             super().handle_exit(sig, frame)
 
     serving = Draining(
-        uvicorn.Config(build_app(server), log_level="warning", timeout_graceful_shutdown=options.grace_s, lifespan="on")
+        uvicorn.Config(
+            build_app(server),
+            http=protocol(connection_limit()),
+            log_level="warning",
+            timeout_graceful_shutdown=options.grace_s,
+            lifespan="on",
+        )
     )
     names = ", ".join(facts["name"] for facts in server.models.describe())
     logging.info("models: %s", names)
@@ -113,6 +124,10 @@ def _run(listener: socket.socket, state: Path, options: Options) -> SRError | No
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)
     serving.run(sockets=[listener])
+    if not server.is_still:
+        logging.warning("work that could not be stopped is given up; its jobs are done by the next server")
+        logging.shutdown()
+        os._exit(1 if failures else 0)  # it would be waited for
     return failures[0] if failures else None
 
 
@@ -151,11 +166,13 @@ def _state_folder() -> Path:
 def _read_keys(path: Path) -> tuple[str, ...]:
     """Read API keys, one a line; empty lines and those that begin with # are none. Raises: OptionError."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as exc:
         reason = getattr(exc, "strerror", None) or "it is not text"
         raise OptionError(f"--api-keys {path}: cannot be read ({reason})") from exc
-    keys = tuple(line.strip() for line in lines if line.strip() and not line.startswith("#"))
+    keys = tuple(line for line in lines if line and not line.startswith("#"))
+    if not all(key.isascii() and key.isprintable() for key in keys):
+        raise OptionError(f"--api-keys {path}: keys are of printable ASCII characters, which any client can send")
     if not keys:
         raise OptionError(f"--api-keys {path}: holds no key; write one on each line")
     return keys

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hmac
 import time
 from collections.abc import Callable, Iterable
+from urllib.parse import urlsplit
 
 from fastapi import HTTPException, Request
 from starlette.datastructures import Headers, MutableHeaders
@@ -54,6 +55,9 @@ class Guard:
                 await refusal(scope, receive, answer)
             else:
                 await self._app(scope, self._counted(receive), answer)
+        except Exception:  # a mistake of ours, which is answered outside
+            status = 500
+            raise
         finally:
             # Not the path: whoever asks for many would fill the memory with names.
             route = getattr(scope.get("route"), "path", "other")
@@ -61,7 +65,7 @@ class Guard:
 
     def _refuse(self, scope: Scope) -> JSONResponse | None:
         headers = Headers(scope=scope)
-        if scope["method"] not in ("GET", "HEAD", "OPTIONS") and headers.get("sec-fetch-site") == "cross-site":
+        if scope["method"] not in ("GET", "HEAD", "OPTIONS") and _is_of_another_site(headers):
             return JSONResponse({"detail": "requests from the pages of other sites are not taken"}, 403)
         length = headers.get("content-length", "0")
         if length.isdecimal() and int(length) > self._max_body:
@@ -84,6 +88,15 @@ class Guard:
             return message
 
         return counted
+
+
+def _is_of_another_site(headers: Headers) -> bool:
+    """Tell whether a browser sends a request for a page that is not ours; other clients send neither header."""
+    site = headers.get("sec-fetch-site")
+    if site is not None:
+        return site not in ("same-origin", "none")
+    origin = headers.get("origin")  # over plain http browsers tell no more
+    return origin is not None and urlsplit(origin).netloc != headers.get("host")
 
 
 def key_check(keys: Iterable[str]) -> Callable[[Request], None]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from .models import Models
 from .orders import Failure, Order, Stopped, Watch
-from .store import Store
+from .store import NoRoom, Store
 
 LOG = logging.getLogger(__name__)
 SWEEP_S = 60.0
@@ -28,6 +28,7 @@ class JobRunner:
         self._changed = threading.Condition()
         self._closing = False
         self._watches: dict[str, Watch] = {}  # of the jobs under way
+        self._untold: dict[str, Failure] = {}  # of jobs that failed, and whose end could not be kept
         self._threads = [threading.Thread(target=self._work, name="sr-job", daemon=True) for _ in range(workers)]
 
     def start(self) -> None:
@@ -58,57 +59,91 @@ class JobRunner:
             self._closing = True
             self._changed.notify_all()
 
-    def close(self, grace_s: float) -> None:
-        """Let the jobs under way end within a time; those that do not are done by the next server."""
+    def close(self, grace_s: float, stop_s: float) -> bool:
+        """Let the jobs under way end within a time; those that do not are stopped, and done by the next server.
+
+        stop_s: for them to notice. Returns: False if one is still at work, in a step that cannot be stopped.
+        """
         self.drain()
-        ends = time.monotonic() + grace_s
-        for thread in self._threads:
-            thread.join(max(0.0, ends - time.monotonic()))
+        self._store.spare()
+        self._join(grace_s)
         for watch in list(self._watches.values()):
             watch.stop()
+        return self._join(stop_s)
+
+    def _join(self, limit_s: float) -> bool:
+        ends = time.monotonic() + limit_s
         for thread in self._threads:
-            thread.join()
+            thread.join(max(0.0, ends - time.monotonic()))
+        return not any(thread.is_alive() for thread in self._threads)
 
     def _work(self) -> None:
         swept = 0.0
         while not self._closing:
-            job = None
+            is_idle = True
             try:
+                self._tell()
                 if time.monotonic() - swept > SWEEP_S:
                     swept = time.monotonic()
                     self._store.sweep()
-                job = self._store.take()
-                if job:
+                if job := self._store.take():
+                    is_idle = False
                     self._do(*job)
-            except sqlite3.Error:  # a full disk, say; the jobs are still there when there is room again
+            except Exception:  # a full disk, a lack of memory: the jobs are still there when that is over
                 LOG.exception("the store of jobs")
-                job = None
-            if job is None:
+                is_idle = True
+            if is_idle:
                 with self._changed:
                     if not self._closing:
                         self._changed.wait(IDLE_S)  # a notice may have come before
 
-    def _do(self, name: str, order: str, data: bytes) -> None:
+    def _tell(self) -> None:
+        """Keep what could not be kept before."""
+        for name, failure in list(self._untold.items()):
+            self._store.fail(name, failure.status, failure.message)
+            self._untold.pop(name, None)
+
+    def _do(self, name: str, order: str) -> None:
         """Do one job. Raises: sqlite3.Error if what became of it cannot be kept."""
         watch = self._watches[name] = Watch(self._limit_s)
-        source = self._models.new_file("source")
-        result: Path | None = None
         try:
-            source.write_bytes(data)
-            result = self._models.enlarge(Order.model_validate_json(order), source, watch)
-            self._store.finish(name, result.read_bytes())
+            failure = self._try(name, Order.model_validate_json(order), watch)
         except Stopped:
             if self._closing:
                 self._store.release(name)
-        except Failure as exc:
-            self._store.fail(name, exc.status, exc.message)
-        except (sqlite3.Error, OSError) as exc:
-            self._store.fail(name, 507, f"the server has no room for it ({exc})")
-        except Exception:
-            LOG.exception("job %s", name)
-            self._store.fail(name, 500, "the server made a mistake; its log tells more")
+            return
         finally:
             del self._watches[name]
+        if failure:
+            self._untold[name] = failure
+            self._tell()
+
+    def _try(self, name: str, order: Order, watch: Watch) -> Failure | None:
+        """Do the work, and keep its result; give what went wrong. Raises: Stopped."""
+        source = self._models.new_file("source")
+        result: Path | None = None
+        try:
+            self._models.check(order)  # of an earlier server, maybe, which had other models
+            with source.open("xb") as stream:
+                for piece in self._store.pieces(name):
+                    stream.write(piece)
+            if self._store.get(name) is None:  # removed before it could be stopped
+                raise Stopped
+            result = self._models.enlarge(order, source, watch)
+            self._store.finish(name, result)
+            return None
+        except (Stopped, Failure) as exc:
+            if isinstance(exc, Stopped):
+                raise
+            return exc
+        except NoRoom:
+            return Failure(507, "the store of jobs has no room for the result: fetch and remove some")
+        except (sqlite3.Error, OSError) as exc:
+            return Failure(507, f"the server has no room for it ({exc})")
+        except Exception:
+            LOG.exception("job %s", name)
+            return Failure(500, "the server made a mistake; its log tells more")
+        finally:
             for path in (source, result):
                 if path:
                     path.unlink(missing_ok=True)

@@ -20,10 +20,15 @@ from .orders import Failure, Order, Stopped, Watch
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+AVIF_TIMES = 8  # as long as others, at least
+
 
 @dataclass(frozen=True)
 class Limits:
-    """Of pictures, in pixels: of a source or of its frames, and of a result."""
+    """Of pictures, in pixels: of a source or of its frames, and of a result.
+
+    Of AVIF an eighth, whose encoder takes a second or more for a megapixel and cannot be stopped.
+    """
 
     source_pixels: int
     result_pixels: int
@@ -75,7 +80,7 @@ class Models:
             quality=order.quality,
             factor=order.factor,
             max_pixels=self._limits.source_pixels,
-            max_result_pixels=self._limits.result_pixels,
+            max_result_pixels=self._limits.result_pixels // (AVIF_TIMES if order.format == "avif" else 1),
         )
         with _failures({source: "the picture", target: "the result"}):
             watch(0.0)

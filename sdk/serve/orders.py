@@ -75,6 +75,11 @@ class Watch:
         self._stop.set()
 
     @property
+    def is_over(self) -> bool:
+        """Whether nobody waits for the work any more, or its time is up."""
+        return self.is_stopped or time.monotonic() > self._ends
+
+    @property
     def is_stopped(self) -> bool:
         """Whether `stop` has been called."""
         return self._stop.is_set()

@@ -1,18 +1,23 @@
-"""How a picture comes in from a client, and how its result is waited for."""
+"""How a picture comes in from a client, how its result is waited for, and how it goes out."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 from fastapi import Request
 from starlette.datastructures import UploadFile
+from starlette.requests import ClientDisconnect
+from starlette.responses import FileResponse
+from starlette.types import Receive, Scope, Send
 
 from .orders import Failure, Stopped, Watch
 from .requests import discard
+
+CLOSED = 499  # what is counted when the client has gone
 
 
 async def receive(request: Request, source: Path, *, limit_s: float) -> None:
@@ -30,6 +35,8 @@ async def receive(request: Request, source: Path, *, limit_s: float) -> None:
         source.unlink(missing_ok=True)
         if isinstance(exc, OSError):
             raise Failure(507, f"the picture cannot be kept ({exc.strerror})") from exc
+        if isinstance(exc, ClientDisconnect):
+            raise Failure(CLOSED, "the client has left") from exc
         raise
 
 
@@ -88,3 +95,24 @@ async def wait(request: Request, future: Future[Path], watch: Watch) -> Path | N
 async def _disconnected(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
+
+
+class ResultResponse(FileResponse):
+    """A result that is sent once; then, or if it cannot be within a time, its file is removed.
+
+    limit_s: to send it. after: called at the end.
+    """
+
+    def __init__(self, path: Path, *, media_type: str, limit_s: float, after: Callable[[], None]):
+        super().__init__(path, media_type=media_type)
+        self._limit_s, self._after = limit_s, after
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send it."""
+        try:
+            await asyncio.wait_for(super().__call__(scope, receive, send), self._limit_s)
+        except asyncio.TimeoutError:
+            pass  # the client reads too slowly; the connection is closed with what is missing
+        finally:
+            Path(self.path).unlink(missing_ok=True)
+            self._after()

@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 from .models import Models
@@ -15,12 +14,13 @@ from .orders import Failure, Order, Watch
 
 SMOOTHING = 0.1  # weight of the latest request in the running mean of how long they take
 MAX_RETRY_S = 60
+RECEIVING = 4  # bodies that may be coming in for each place
 
 
 class Desk:
     """Takes requests in, a bounded number at a time, and hands them to its threads in order.
 
-    workers: threads. places: requests under way, those that wait or are still being received among them.
+    workers: threads. places: requests under way, from when their picture is there until their result is gone.
     Thread-safe.
     """
 
@@ -29,21 +29,40 @@ class Desk:
         self._pool = ThreadPoolExecutor(workers, "sr-request")
         self._lock = threading.Lock()
         self._mean_s = 1.0
-        self.taken = self.working = 0
+        self._working: dict[int, Watch] = {}
+        self.taken = self.receiving = 0
 
-    @contextmanager
-    def place(self) -> Iterator[None]:
-        """Hold a place for a request. Raises: Failure with when to come again if there is none."""
+    def begin_receiving(self) -> Callable[[], None]:
+        """Let a picture come in; give what ends that. Raises: Failure if there is no place, or too many come in."""
+        with self._lock:
+            if self.taken >= self._places or self.receiving >= RECEIVING * self._places:
+                raise self._busy()
+            self.receiving += 1
+        return self._once("receiving")
+
+    def take_place(self) -> Callable[[], None]:
+        """Hold a place for a request; give what gives it back. Raises: Failure with when to come again."""
         with self._lock:
             if self.taken >= self._places:
-                wait_s = min(MAX_RETRY_S, math.ceil(self._mean_s * self._places / self._workers))
-                raise Failure(429, f"{self.taken} requests are under way: try again later", retry_after_s=wait_s)
+                raise self._busy()
             self.taken += 1
-        try:
-            yield
-        finally:
+        return self._once("taken")
+
+    def _once(self, count: str) -> Callable[[], None]:
+        """Give what lowers a count, the first time that it is called."""
+        given_back = threading.Event()
+
+        def give_back() -> None:
             with self._lock:
-                self.taken -= 1
+                if not given_back.is_set():
+                    given_back.set()
+                    setattr(self, count, getattr(self, count) - 1)
+
+        return give_back
+
+    def _busy(self) -> Failure:
+        wait_s = min(MAX_RETRY_S, math.ceil(self._mean_s * self._places / self._workers))
+        return Failure(429, f"{self.taken} requests are under way: try again later", retry_after_s=wait_s)
 
     def submit(self, order: Order, source: Path, watch: Watch) -> Future[Path]:
         """Have an order carried out on a file, which is removed. The future gives the result's file.
@@ -57,17 +76,32 @@ class Desk:
     def _work(self, order: Order, source: Path, watch: Watch) -> Path:
         started = time.monotonic()
         with self._lock:
-            self.working += 1
+            self._working[id(watch)] = watch
         try:
             return self._models.enlarge(order, source, watch)
         finally:
             with self._lock:
-                self.working -= 1
+                del self._working[id(watch)]
                 self._mean_s += SMOOTHING * (time.monotonic() - started - self._mean_s)
 
-    def close(self) -> None:
-        """End the threads; no request is under way any more."""
-        self._pool.shutdown(cancel_futures=True)
+    @property
+    def working(self) -> int:
+        """How many requests are being worked on."""
+        return len(self._working)
+
+    @property
+    def is_stuck(self) -> bool:
+        """Whether all threads are at work that nobody waits for, in steps that cannot be stopped."""
+        with self._lock:
+            return sum(watch.is_over for watch in self._working.values()) >= self._workers
+
+    def close(self, stop_s: float) -> bool:
+        """End the threads; no request is under way any more. Returns: False if one cannot be stopped within a time."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        ends = time.monotonic() + stop_s
+        while self._working and time.monotonic() < ends:
+            time.sleep(0.01)
+        return not self._working
 
 
 def discard(future: Future[Path]) -> None:

@@ -17,10 +17,12 @@ from .requests import Desk
 from .store import Store
 
 WARM_SIZE = (256, 256)  # of the picture that the default model is made ready with
+WORK = ".sr-serve-work"  # the folder of the work under way; a name that nobody else's folder has
+STOP_S = 5.0  # for work that is stopped to notice
 
 
 class Server:
-    """The parts of a server.
+    """The parts of a server. `is_still`, after `close`: no thread is at work that could not be stopped.
 
     state: folder of its jobs, and of the files of the work under way. on_failure: told if the default model cannot be
     opened.
@@ -42,16 +44,18 @@ class Server:
         shipped = [DEFAULT_MODEL, *(name for name in shipped_models() if name != DEFAULT_MODEL)]
         limits = Limits(options.max_pixels, options.max_result_pixels)
         try:
-            self.models = Models(options.models or shipped, engine, limits=limits, folder=_empty_folder(state / "work"))
+            self.models = Models(options.models or shipped, engine, limits=limits, folder=_empty_folder(state / WORK))
         except SRError:
             self.store.close()
             raise
         self.desk = Desk(self.models, workers=options.workers, places=options.places)
         self.runner = JobRunner(self.models, self.store, workers=options.job_workers, limit_s=options.job_s)
         self.warmed, self.draining = threading.Event(), threading.Event()
+        self.is_still = True  # after close: no thread is at work
         self.metrics = Metrics(
             stats=self.models.stats,
             gauges={
+                "sr_requests_receiving": ("Pictures that are coming in.", lambda: self.desk.receiving),
                 "sr_requests_taken": ("Pictures under way, those that wait among them.", lambda: self.desk.taken),
                 "sr_requests_working": ("Pictures that are being worked on.", lambda: self.desk.working),
             },
@@ -78,10 +82,12 @@ class Server:
     def close(self) -> None:
         """End, when the last request has been answered."""
         self.drain()
-        self.runner.close(self.options.grace_s)
-        self.desk.close()
-        self.models.close()
+        is_still = self.runner.close(self.options.grace_s, STOP_S)
+        is_still = self.desk.close(STOP_S) and is_still
         self.store.close()
+        if is_still:
+            self.models.close()
+        self.is_still = is_still
 
 
 def _empty_folder(folder: Path) -> Path:

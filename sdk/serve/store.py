@@ -1,4 +1,7 @@
-"""Jobs in an SQLite database: what has been accepted is there after a restart, and after a crash."""
+"""Jobs in an SQLite database: what has been accepted is there after a restart, and after a crash.
+
+Sources and results stand in pieces, so that neither is ever in memory as a whole.
+"""
 
 from __future__ import annotations
 
@@ -24,18 +27,29 @@ CREATE TABLE jobs (
     attempts INTEGER NOT NULL DEFAULT 0,
     status INTEGER,             -- of a failed job, as HTTP has it
     error TEXT,
-    source BLOB,                -- until the job is finished
-    result BLOB
+    bytes INTEGER NOT NULL      -- of its pieces: the source's, then the result's
 );
 CREATE INDEX jobs_by_state ON jobs (state, created);
+CREATE TABLE pieces (
+    job TEXT NOT NULL REFERENCES jobs (id) ON DELETE CASCADE,
+    number INTEGER NOT NULL,
+    data BLOB NOT NULL,
+    PRIMARY KEY (job, number)
+);
 """
+PIECE_BYTES = 1 << 20
+ROW_BYTES = 4096  # that a job counts besides its pieces
+LOG_BYTES = 64 << 20  # that SQLite's log keeps on the disk
 BUSY_S = 30
 MAX_ATTEMPTS = 3  # a picture that ends the server is not tried for ever
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is known of a job. state: queued, running, done or failed; times in seconds since 1970."""
+    """What is known of a job. state: queued, running, done or failed; times in seconds since 1970.
+
+    bytes: of its source, or of its result once it is done.
+    """
 
     id: str
     state: str
@@ -44,12 +58,17 @@ class Job:
     expires: float | None
     status: int | None
     error: str | None
+    bytes: int
+
+
+class NoRoom(Exception):
+    """The store holds as many bytes as it may."""
 
 
 class Store:
     """The jobs of one server.
 
-    folder: made if missing. keep_s: how long a finished job is kept. max_bytes: of all sources and results.
+    folder: made if missing, for the owner alone. keep_s: how long a finished job is kept. max_bytes: of all jobs.
     Raises: OutputError if the folder cannot be written, another server uses it, or another version made it.
     Thread-safe: a connection for each thread.
     """
@@ -60,14 +79,12 @@ class Store:
         self._connections: list[sqlite3.Connection] = []
         self._lock = threading.Lock()
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._hold = _hold(folder / "lock.sqlite")
             with self._transaction() as db:
                 (version,) = db.execute("PRAGMA user_version").fetchone()
                 if version not in (0, SCHEMA_VERSION):
-                    raise OutputError(
-                        f"{self._path}: of another version of sr-serve; move it away, or use that version"
-                    )
+                    raise OutputError(f"{self._path}: of another version of sr-serve; choose another folder")
                 if version == 0:
                     for statement in SCHEMA.split(";\n"):
                         db.execute(statement)
@@ -79,57 +96,89 @@ class Store:
 
     def _recover(self, db: sqlite3.Connection) -> None:
         """Have jobs that were under way when the server ended done again, but not for ever."""
+        guilty = "state = 'running' AND attempts >= ?"
+        db.execute(f"DELETE FROM pieces WHERE job IN (SELECT id FROM jobs WHERE {guilty})", (MAX_ATTEMPTS,))
         db.execute(
-            "UPDATE jobs SET state = 'failed', status = 500, source = NULL, expires = ?, error = ? "
-            "WHERE state = 'running' AND attempts >= ?",
-            (time.time() + self._keep_s, f"the server ended {MAX_ATTEMPTS} times while it was at work", MAX_ATTEMPTS),
+            f"UPDATE jobs SET state = 'failed', status = 500, expires = ?, error = ?, bytes = 0 WHERE {guilty}",
+            (
+                time.time() + self._keep_s,
+                f"the server ended {MAX_ATTEMPTS} times while it was at work on it",
+                MAX_ATTEMPTS,
+            ),
         )
         db.execute("UPDATE jobs SET state = 'queued' WHERE state = 'running'")
 
-    def add(self, order: str, source: bytes) -> str | None:
-        """Accept a job, for good when this returns; give its name, or None if there is no room for it."""
+    def add(self, order: str, source: Path) -> str:
+        """Accept a job, for good when this returns; give its name. Raises: NoRoom, OSError, sqlite3.Error."""
         name = secrets.token_urlsafe(16)
         with self._transaction() as db:
-            if self._bytes(db) + len(source) > self._max_bytes:
-                return None
             db.execute(
-                "INSERT INTO jobs (id, state, job_order, created, source) VALUES (?, 'queued', ?, ?, ?)",
-                (name, order, time.time(), source),
+                "INSERT INTO jobs (id, state, job_order, created, bytes) VALUES (?, 'queued', ?, ?, ?)",
+                (name, order, time.time(), source.stat().st_size),
             )
+            self._put(db, name, source)
         return name
 
-    def take(self) -> tuple[str, str, bytes] | None:
-        """Take the oldest job that waits: its name, order and source."""
+    def _put(self, db: sqlite3.Connection, name: str, file: Path) -> None:
+        """Make a file the pieces of a job. Raises: NoRoom."""
+        (total,) = db.execute(f"SELECT SUM(bytes + {ROW_BYTES}) FROM jobs").fetchone()
+        if total > self._max_bytes:
+            raise NoRoom
+        with file.open("rb") as stream:
+            number = 0
+            while data := stream.read(PIECE_BYTES):
+                db.execute("INSERT INTO pieces (job, number, data) VALUES (?, ?, ?)", (name, number, data))
+                number += 1
+
+    def take(self) -> tuple[str, str] | None:
+        """Take the oldest job that waits: its name and order."""
         with self._transaction() as db:
             row = db.execute(
-                "SELECT id, job_order, source FROM jobs WHERE state = 'queued' ORDER BY created, rowid LIMIT 1"
+                "SELECT id, job_order FROM jobs WHERE state = 'queued' ORDER BY created, rowid LIMIT 1"
             ).fetchone()
             if row is None:
                 return None
             db.execute("UPDATE jobs SET state = 'running', attempts = attempts + 1 WHERE id = ?", (row[0],))
-            return row[0], row[1], row[2]
+            return row[0], row[1]
 
-    def finish(self, name: str, result: bytes) -> None:
-        """Keep a job's result; one that was removed meanwhile stays so."""
-        self._end(name, "done", result=result)
+    def pieces(self, name: str) -> Iterator[bytes]:
+        """Give the source of a job, or its result once it is done, piece by piece; nothing if it is not known."""
+        number = 0
+        while row := self._db.execute(
+            "SELECT data FROM pieces WHERE job = ? AND number = ?", (name, number)
+        ).fetchone():
+            yield row[0]
+            number += 1
+
+    def finish(self, name: str, result: Path) -> None:
+        """Keep a job's result; one that was removed meanwhile stays so. Raises: NoRoom, OSError, sqlite3.Error."""
+        with self._transaction() as db:
+            db.execute("DELETE FROM pieces WHERE job = ?", (name,))
+            changed = db.execute(
+                "UPDATE jobs SET state = 'done', expires = ?, bytes = ? WHERE id = ?",
+                (time.time() + self._keep_s, result.stat().st_size, name),
+            )
+            if changed.rowcount:
+                self._put(db, name, result)
 
     def fail(self, name: str, status: int, error: str) -> None:
         """Keep why a job failed."""
-        self._end(name, "failed", status=status, error=error)
-
-    def _end(
-        self, name: str, state: str, *, result: bytes | None = None, status: int | None = None, error: str | None = None
-    ) -> None:
         with self._transaction() as db:
+            db.execute("DELETE FROM pieces WHERE job = ?", (name,))
             db.execute(
-                "UPDATE jobs SET state = ?, result = ?, status = ?, error = ?, source = NULL, expires = ? WHERE id = ?",
-                (state, result, status, error, time.time() + self._keep_s, name),
+                "UPDATE jobs SET state = 'failed', status = ?, error = ?, expires = ?, bytes = 0 WHERE id = ?",
+                (status, error, time.time() + self._keep_s, name),
             )
 
-    def release(self, name: str) -> None:
-        """Let a job that was begun wait again; it is not to blame."""
+    def spare(self) -> None:
+        """Do not count the attempts that are under way: the server is about to end, and they are not to blame."""
         with self._transaction() as db:
-            db.execute("UPDATE jobs SET state = 'queued', attempts = attempts - 1 WHERE id = ?", (name,))
+            db.execute("UPDATE jobs SET attempts = 0 WHERE state = 'running'")
+
+    def release(self, name: str) -> None:
+        """Let a job that was begun wait again."""
+        with self._transaction() as db:
+            db.execute("UPDATE jobs SET state = 'queued' WHERE id = ? AND state = 'running'", (name,))
 
     def remove(self, name: str) -> bool:
         """Forget a job; False if it is not known."""
@@ -139,14 +188,11 @@ class Store:
     def get(self, name: str) -> Job | None:
         """Tell what is known of a job."""
         row = self._db.execute(
-            "SELECT id, state, job_order, created, expires, status, error FROM jobs WHERE id = ?", (name,)
+            "SELECT id, state, job_order, created, expires, status, error, bytes FROM jobs "
+            "WHERE id = ? AND (expires IS NULL OR expires > ?)",
+            (name, time.time()),
         ).fetchone()
         return Job(*row) if row else None
-
-    def result(self, name: str) -> bytes | None:
-        """Give the result of a job; None if it is not done, or not known."""
-        row = self._db.execute("SELECT result FROM jobs WHERE id = ?", (name,)).fetchone()
-        return row[0] if row else None
 
     def counts(self) -> dict[str, int]:
         """Count the jobs in each state."""
@@ -154,20 +200,17 @@ class Store:
         return {state: found.get(state, 0) for state in ("queued", "running", "done", "failed")}
 
     def sweep(self) -> int:
-        """Forget the jobs whose time is over; tell how many."""
+        """Forget the jobs whose time is over, and give their room on the disk back; tell how many."""
         with self._transaction() as db:
-            return db.execute("DELETE FROM jobs WHERE expires < ?", (time.time(),)).rowcount
+            count = db.execute("DELETE FROM jobs WHERE expires < ?", (time.time(),)).rowcount
+        self._db.executescript("PRAGMA incremental_vacuum")  # execute() would give a single page back
+        return count
 
     def close(self) -> None:
         """Close the database, and let another server have it."""
         with self._lock:
             for connection in (*self._connections, self._hold):
                 connection.close()
-
-    @staticmethod
-    def _bytes(db: sqlite3.Connection) -> int:
-        (total,) = db.execute("SELECT TOTAL(LENGTH(source)) + TOTAL(LENGTH(result)) FROM jobs").fetchone()
-        return int(total)
 
     @property
     def _db(self) -> sqlite3.Connection:
@@ -177,8 +220,12 @@ class Store:
             db = sqlite3.connect(self._path, timeout=BUSY_S, isolation_level=None, check_same_thread=False)
             with self._lock:
                 self._connections.append(db)
+            db.execute("PRAGMA auto_vacuum = INCREMENTAL")  # heeded when the file is made
             db.execute("PRAGMA journal_mode = WAL")
             db.execute("PRAGMA synchronous = FULL")  # accepted is accepted, even if the power fails
+            db.execute("PRAGMA secure_delete = ON")
+            db.execute("PRAGMA foreign_keys = ON")
+            db.execute(f"PRAGMA journal_size_limit = {LOG_BYTES}")
             self._local.db = db
         connection: sqlite3.Connection = self._local.db
         return connection

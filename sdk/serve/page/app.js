@@ -3,9 +3,14 @@
 const at = (id) => document.getElementById(id);
 const ZOOMS = [0.125, 0.25, 0.5, 1, 2, 4, 8];
 const KEY = "sr-serve-key";
+const RETRIES = 60; // once a second
+
+// What the server says no to; trying again is of no use.
+class Refusal extends Error {}
 
 let picture = null; // the File that was chosen
 let work = null; // {controller, job} of the picture under way
+let scales = {}; // of the models
 let zoom = null; // screen pixels for each pixel of the result; null fits it in
 
 // --- choosing ---------------------------------------------------------------------------------------------------
@@ -61,9 +66,9 @@ function refusal(status, text) {
   if (status === 401) at("key-label").hidden = false;
   try {
     const { detail } = JSON.parse(text);
-    return new Error(typeof detail === "string" ? detail : detail.map((part) => part.msg).join("; "));
+    return new Refusal(typeof detail === "string" ? detail : detail.map((part) => part.msg).join("; "));
   } catch {
-    return new Error(`The server answered ${status}.`);
+    return new Refusal(`The server answered ${status}.`);
   }
 }
 
@@ -73,7 +78,7 @@ function post(url, file, signal, sent) {
     const request = new XMLHttpRequest();
     request.open("POST", url);
     for (const [name, value] of Object.entries(headers())) request.setRequestHeader(name, value);
-    request.upload.onprogress = (event) => sent(event.loaded / event.total);
+    request.upload.onprogress = (event) => sent(event.total ? event.loaded / event.total : 1);
     request.onload = () =>
       request.status === 202
         ? resolve(JSON.parse(request.responseText))
@@ -96,20 +101,31 @@ async function* events(url, signal) {
     if (done) return;
     const parts = (text + value).split("\n\n");
     text = parts.pop();
-    for (const part of parts) yield JSON.parse(part.match(/^data: (.*)$/m)[1]);
+    for (const part of parts) {
+      const data = part.match(/^data: (.*)$/m); // others only tell that the server is there
+      if (data) yield JSON.parse(data[1]);
+    }
   }
 }
 
+// The connection may break, and the server be another one: the job goes on.
 async function finished(job, signal) {
+  let lost = 0;
   for (;;) {
-    for await (const state of events(`v1/jobs/${job}/events`, signal)) {
-      if (state.state === "done") return;
-      if (state.state === "failed") throw new Error(sentence(state.error));
-      if (state.state === undefined) throw new Error(sentence(state.detail));
-      if (state.state === "queued") show("Waiting for its turn…");
-      else show(`Enlarging: ${Math.round(100 * state.progress)} %`, state.progress);
+    try {
+      for await (const state of events(`v1/jobs/${job}/events`, signal)) {
+        lost = 0;
+        if (state.state === "done") return;
+        if (state.state === "failed") throw new Refusal(sentence(state.error));
+        if (state.state === undefined) throw new Refusal(sentence(state.detail));
+        if (state.state === "queued") show("Waiting for its turn…");
+        else show("Enlarging…", state.progress);
+      }
+    } catch (error) {
+      if (error instanceof Refusal || error.name === "AbortError" || ++lost > RETRIES) throw error;
+      show("Waiting for the server…");
     }
-    await new Promise((resolve) => setTimeout(resolve, 1000)); // the server ends; the next one goes on
+    await new Promise((resolve) => setTimeout(resolve, 1000));
   }
 }
 
@@ -150,7 +166,7 @@ at("form").addEventListener("submit", async (event) => {
 });
 
 at("cancel").addEventListener("click", () => work?.controller.abort());
-window.addEventListener("pagehide", forget);
+window.addEventListener("pagehide", (event) => event.persisted || forget());
 
 // The result is in the page, or nobody wants it.
 function forget() {
@@ -161,6 +177,7 @@ function show(text, share) {
   tell(text);
   if (share === undefined) at("progress").removeAttribute("value");
   else at("progress").value = share;
+  at("share").textContent = share === undefined ? "" : `${Math.round(100 * share)} %`;
 }
 
 function tell(text) {
@@ -303,9 +320,19 @@ async function listModels() {
   const models = await (await ask("v1/models")).json();
   at("model").replaceChildren(...models.map(({ name, scale }) => new Option(`${name} (×${scale})`, name)));
   at("notice").textContent = models[0].notice;
+  scales = Object.fromEntries(models.map(({ name, scale }) => [name, scale]));
+  offerFactors();
   at("error").textContent = "";
 }
 
+// Factor 1 is for models that keep the size: others would give the picture back as it is.
+function offerFactors() {
+  const keeps = scales[at("model").value] === 1;
+  at("same").hidden = at("same").disabled = !keeps;
+  if (!keeps && at("factor").value === "1") at("factor").value = "";
+}
+
+at("model").addEventListener("change", offerFactors);
 at("key").value = sessionStorage.getItem(KEY) ?? "";
 at("key").addEventListener("change", () => listModels().catch((error) => (at("error").textContent = error.message)));
 listModels().catch((error) => (at("error").textContent = error.message));
