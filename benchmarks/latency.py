@@ -78,18 +78,34 @@ def run_latency(settings: Settings, *, progress: Callable[[str], None] = lambda 
     rows: list[dict[str, Any]] = []
     with ExitStack() as stack:
         runners, skipped = open_contestants(contestants, setup, stack)
-        names = ", ".join(contestant.name for contestant in runners)
         for size in settings.sizes:
-            progress(f"{size[0]}x{size[1]}: timing {names}")
             lr = draw_picture(size) if source is None else fit_picture(source, size)
-            turns = {contestant: partial(runner, lr) for contestant, runner in runners.items()}
+            able, unable = try_all(runners, lr)
+            skipped += unable
+            progress(f"{size[0]}x{size[1]}: timing {', '.join(contestant.name for contestant in able)}")
+            turns = {contestant: partial(runner, lr) for contestant, runner in able.items()}
             samples = take_turns(turns, repeats=settings.repeats)
             timings = {contestant: summarise(times_ms) for contestant, times_ms in samples.items()}
-            psnr_db = compare_results(runners, lr)
+            psnr_db = compare_results(able, lr)
             progress(f"{size[0]}x{size[1]}: peak memory")
-            memory_mib = {contestant: measure_peak_mib(_work, contestant, setup, size) for contestant in runners}
+            memory_mib = {contestant: measure_peak_mib(_work, contestant, setup, size) for contestant in able}
             rows += make_rows(timings, memory_mib, psnr_db, size=size, scale=bundle.manifest.scale)
     return head | {"rows": rows, "skipped": skipped}
+
+
+def try_all(
+    runners: Mapping[Contestant, Runner], lr: np.ndarray
+) -> tuple[dict[Contestant, Runner], list[dict[str, str]]]:
+    """Run each once; give those that can, and the rest with reasons: a large picture may be too much for some."""
+    able, unable = {}, []
+    for contestant, runner in runners.items():
+        try:
+            runner(lr)
+            able[contestant] = runner
+        except Exception as exc:  # each engine has errors of its own
+            reason = str(exc).strip().splitlines()[0] if str(exc).strip() else type(exc).__name__
+            unable.append({"contestant": contestant.name, "reason": f"{lr.shape[0]}x{lr.shape[1]}: {reason}"})
+    return able, unable
 
 
 def compare_results(runners: Mapping[Contestant, Runner], lr: np.ndarray) -> dict[Contestant, float]:

@@ -174,6 +174,20 @@ def test_results_are_compared_with_the_reference():
     assert latency.compare_results(runners, draw_picture((16, 16))) == {}
 
 
+def test_who_fails_at_a_size_is_left_out_there():
+    def fail(lr: np.ndarray) -> np.ndarray:
+        if len(lr) > 16:
+            raise MemoryError if lr.shape[1] > 16 else RuntimeError("std::bad_alloc\nand more")
+        return lr
+
+    runners = {BASELINE: lambda lr: lr, OPENVINO: fail}
+    assert latency.try_all(runners, draw_picture((16, 16))) == (runners, [])
+    for size, reason in (((32, 16), "32x16: std::bad_alloc"), ((32, 32), "32x32: MemoryError")):
+        able, unable = latency.try_all(runners, draw_picture(size))
+        assert able == {BASELINE: runners[BASELINE]}
+        assert unable == [{"contestant": "openvino fp32", "reason": reason}]
+
+
 def test_drawn_picture_is_seeded_and_detailed():
     picture = draw_picture((40, 56))
     assert picture.shape == (40, 56, 3) and picture.dtype == np.uint8
