@@ -26,6 +26,7 @@ from .contestants import (
     open_contestant,
     open_contestants,
 )
+from .energy import energy_joules
 from .memory import measure_peak_mib
 from .metrics import psnr
 from .pictures import draw_picture, fit_picture, read_picture
@@ -34,12 +35,13 @@ from .timing import Timing, summarise, take_turns
 
 PROTOCOL = (
     "From a uint8 array to a uint8 array in memory. All contestants take turns in one process; a turn is a pause of "
-    "50 ms, an untimed run and a timed run. Five runs each before the first turn. Percentiles: linear between samples. "
-    "Bilinear, bicubic, lanczos: Pillow's, or OpenCV's. Plain: the engine's own API on the whole picture, ONNX Runtime "
-    "with default options, OpenVINO compiled for the shape; PyTorch on channels-last tensors, bf16 by autocast, "
-    "compiled for the shape where it says so. Peak memory: resident, of a process of its own that does the same work "
-    "twice, interpreter and libraries included, graphics memory not. PSNR: of the engine's result against ONNX "
-    "Runtime's in fp32, RGB."
+    "50 ms, an untimed run and a timed run. Five runs each before the first turn. Percentiles: linear between "
+    "samples. Bilinear, bicubic, lanczos: Pillow's, or OpenCV's. Plain: the engine's own API on the whole picture, "
+    "ONNX Runtime with default options, OpenVINO compiled for the shape; PyTorch on channels-last tensors, bf16 by "
+    "autocast, compiled for the shape where it says so. Peak memory: resident, of a process of its own that does the "
+    "same work twice, interpreter and libraries included, graphics memory not. Energy: of the processor's packages "
+    "(RAPL) over a second of such runs, divided by their number, where it can be read. PSNR: of the engine's result "
+    "against ONNX Runtime's in fp32, RGB."
 )
 
 
@@ -87,9 +89,10 @@ def run_latency(settings: Settings, *, progress: Callable[[str], None] = lambda 
             samples = take_turns(turns, repeats=settings.repeats)
             timings = {contestant: summarise(times_ms) for contestant, times_ms in samples.items()}
             psnr_db = compare_results(able, lr)
+            energy_j = {contestant: energy_joules(turn) for contestant, turn in turns.items()}
             progress(f"{size[0]}x{size[1]}: peak memory")
             memory_mib = {contestant: measure_peak_mib(_work, contestant, setup, size) for contestant in able}
-            rows += make_rows(timings, memory_mib, psnr_db, size=size, scale=bundle.manifest.scale)
+            rows += make_rows(timings, memory_mib, psnr_db, energy_j, size=size, scale=bundle.manifest.scale)
     return head | {"rows": rows, "skipped": skipped}
 
 
@@ -124,6 +127,7 @@ def make_rows(
     timings: Mapping[Contestant, Timing],
     memory_mib: Mapping[Contestant, float],
     psnr_db: Mapping[Contestant, float],
+    energy_j: Mapping[Contestant, float | None],
     *,
     size: tuple[int, int],
     scale: int,
@@ -145,6 +149,7 @@ def make_rows(
             "speedup_over_pytorch_fp32": eager_ms and round(eager_ms / timing.median_ms, 3),
             "psnr_to_onnxruntime_fp32_db": round(psnr_db[contestant], 2) if contestant in psnr_db else None,
             "peak_memory_mib": round(memory_mib[contestant], 1),
+            "energy_j": (found := energy_j.get(contestant)) and round(found, 4),
         }
         for contestant, timing in timings.items()
     ]

@@ -20,6 +20,7 @@ LATENCY_COLUMNS = {
     "speedup_over_pytorch_fp32": "over PyTorch fp32",
     "psnr_to_onnxruntime_fp32_db": "PSNR dB to ORT fp32",
     "peak_memory_mib": "peak MiB",
+    "energy_j": "J",
 }
 ROOFLINE_COLUMNS = {
     "median_ms": ("median ms", 2),

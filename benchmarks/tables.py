@@ -86,12 +86,15 @@ LATENCY_COLUMNS = {
     "speedup_over_pytorch_fp32": ("x PyTorch fp32", 2),
     "psnr_to_onnxruntime_fp32_db": ("dB to ORT fp32", 1),
     "peak_memory_mib": ("peak MiB", 0),
+    "energy_j": ("J", 2),
 }
 
 
 def _latency(result: dict[str, Any]) -> list[Table]:
     scale = result["model"]["scale"]
-    columns = {key: LATENCY_COLUMNS[key] for key in LATENCY_COLUMNS if any(key in row for row in result["rows"])}
+    columns = {
+        key: LATENCY_COLUMNS[key] for key in LATENCY_COLUMNS if any(row.get(key) is not None for row in result["rows"])
+    }
     rows = []
     for row in result["rows"]:
         height, width = row["size"]

@@ -74,7 +74,9 @@ def test_rows_hold_throughput_and_ratios():
         OPENVINO: Timing(10, 11, 11.5, 9, 12),
         EAGER: Timing(80, 80, 80, 80, 80),
     }
-    rows = latency.make_rows(timings, dict.fromkeys(timings, 100.04), {OPENVINO: 52.567}, size=(250, 500), scale=2)
+    rows = latency.make_rows(
+        timings, dict.fromkeys(timings, 100.04), {OPENVINO: 52.567}, {OPENVINO: 1.23456}, size=(250, 500), scale=2
+    )
     assert rows[2] == {
         "size": [250, 500],
         "contestant": "openvino fp32",
@@ -92,13 +94,15 @@ def test_rows_hold_throughput_and_ratios():
         "speedup_over_pytorch_fp32": 8,
         "psnr_to_onnxruntime_fp32_db": 52.57,
         "peak_memory_mib": 100.0,
+        "energy_j": 1.2346,
     }
+    assert rows[0]["energy_j"] is None
     assert rows[1]["speedup_over_onnxruntime_fp32"] == rows[0]["times_bilinear"] == 1
 
 
 def test_rows_without_the_reference_have_no_speedup():
     timings = {BASELINE: Timing(2, 2, 2, 2, 2), OPENVINO: Timing(10, 11, 12, 9, 12)}
-    rows = latency.make_rows(timings, dict.fromkeys(timings, 1.0), {}, size=(16, 16), scale=2)
+    rows = latency.make_rows(timings, dict.fromkeys(timings, 1.0), {}, {}, size=(16, 16), scale=2)
     for key in ("speedup_over_onnxruntime_fp32", "speedup_over_pytorch_fp32", "psnr_to_onnxruntime_fp32_db"):
         assert [row[key] for row in rows] == [None, None]
 
