@@ -87,7 +87,8 @@ def main(
     handler.setFormatter(_Printable())
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, handlers=[handler])
     logging.captureWarnings(True)
-    _end_at_once_on_signals()
+    if address is None:
+        _end_at_once_on_signals()
     engine = {key: options.pop(key) for key in ("model", "backend", "device", "precision", "stage", "seams")}
     engine["memory_mib"] = options.pop("memory_mib") or "auto"
     try:
@@ -128,6 +129,7 @@ def main(
 
 def _enlarge_on_cluster(address: str, inputs: Sequence[str], output: str, *, suffix: str | None, **how: Any) -> None:
     """Enlarge on Ray. Raises: SRError; ClickException if some pictures failed."""
+    _interrupt_on_signals()
     tasks = cluster.plan_tasks(inputs, output, suffix=suffix)
     found: Counter[str] = Counter()
     with (
@@ -135,10 +137,15 @@ def _enlarge_on_cluster(address: str, inputs: Sequence[str], output: str, *, suf
         click.progressbar(outcomes, length=len(tasks), label="enlarging", file=sys.stderr) as bar,
     ):
         failures = []
-        for outcome in bar:
-            found[outcome.outcome] += 1
-            if outcome.error:
-                failures.append(outcome.error)
+        try:
+            for outcome in bar:
+                found[outcome.outcome] += 1
+                if outcome.error:
+                    failures.append(outcome.error)
+        except _Interrupted as exc:
+            outcomes.close()  # which writes the manifest
+            click.echo(f"\n{ENDING[exc.number]}: finished files are kept", err=True)
+            sys.exit(128 + exc.number)
     for error in failures:
         click.echo(f"failed: {_printable(error)}", err=True)
     click.echo(
@@ -191,6 +198,27 @@ def _end_at_once_on_signals() -> None:
 
     for number in ENDING:
         signal.signal(number, end)
+
+
+class _Interrupted(BaseException):
+    """A signal came. number: which."""
+
+    def __init__(self, number: signal.Signals):
+        super().__init__(number)
+        self.number = number
+
+
+def _interrupt_on_signals() -> None:
+    """Let a signal unwind the program, so that what it has begun elsewhere is ended; the next one ends it at once."""
+    if threading.current_thread() is not threading.main_thread():
+        return
+
+    def interrupt(number: int, _: object) -> None:
+        _end_at_once_on_signals()
+        raise _Interrupted(signal.Signals(number))
+
+    for number in ENDING:
+        signal.signal(number, interrupt)
 
 
 def _size(width: int | None, height: int | None, factor: float | None) -> tuple[int | None, int | None] | None:

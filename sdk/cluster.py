@@ -13,7 +13,9 @@ import os
 import posixpath
 import secrets
 import shutil
+import signal
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -170,10 +172,13 @@ def _connected(address: str) -> Iterator[Any]:
             yield ray
         return
     dashboard = False if address == "local" else None
+    on_term = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(address=address, include_dashboard=dashboard, log_to_driver=False, logging_level=logging.ERROR)
     except Exception as exc:  # Ray raises many kinds
         raise BackendUnavailable(f"no Ray cluster at {address!r}: {exc}".splitlines()[0]) from exc
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, on_term)  # Ray has taken it
     try:
         with _failures(ray):
             yield ray

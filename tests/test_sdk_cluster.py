@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -306,6 +308,34 @@ def test_the_command_works_on_a_cluster(ray, tmp_path):
     ]  # fmt: skip
     with Upscaler(**ENGINE) as upscaler:
         np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "out" / "001.webp")), upscaler.upscale(photo(1)))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_command_leaves_its_manifest_and_nothing_else(tmp_path, number):
+    pytest.importorskip("ray")
+    sources, output = write_photos(tmp_path / "in", 30), tmp_path / "out"
+    for source in sources[10:]:
+        Image.fromarray(photo(side=1500)).save(source)
+    command = [sys.executable, "-m", "sdk.cli", "--ray", "local", str(tmp_path / "in"), "-o", str(output)]
+    command += ["--model", ENGINE["model"], "--backend", "onnxruntime", "--device", "cpu", "--ray-workers", "1"]
+    # The shell that started the tests may have had SIGINT ignored.
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, cwd=Path(__file__).parent.parent, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+    ends = time.monotonic() + WAIT_S
+    while len(list(output.glob("*.png"))) < 8:
+        assert process.poll() is None and time.monotonic() < ends
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, told = process.communicate(timeout=WAIT_S)
+    assert process.returncode == 128 + number
+    assert ("interrupted" if number == signal.SIGINT else "terminated") + ": finished files are kept" in told
+    assert "Traceback" not in told
+    outcomes = Counter(entry["outcome"] for entry in manifest(output))
+    assert outcomes["open"] > 0
+    assert sum(outcomes.values()) == 30
+    assert not list(output.glob(".sr-*"))
 
 
 def test_what_the_command_cannot_do_on_a_cluster(tmp_path, monkeypatch):
