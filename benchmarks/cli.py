@@ -100,6 +100,7 @@ def latency(
 @click.option("--backend", default="auto", show_default=True)
 @click.option("--precision", default="auto", show_default=True)
 @click.option("--weights", help="Folder with the weights of LPIPS-like (SqueezeNet). Default: SR_WEIGHTS_DIR.")
+@click.option("--sheet", type=click.Path(path_type=Path), help="A PNG file for patches of all methods, per scale.")
 @json_option
 def quality(json_path: Path | None, models: tuple[str, ...], **options: Any) -> None:
     """Score the SDK, bicubic and bilinear on the high-resolution pictures in each DIR."""

@@ -18,6 +18,7 @@ from .lpips_like import Distance, load_distance
 from .metrics import WINDOW, colour_drift, grid_excess, luma, psnr, ssim
 from .pictures import BICUBIC, BILINEAR, enlarge, find_pictures, read_picture
 from .result import model_facts, result_head
+from .sheet import draw_sheet, write_sheet
 
 PROTOCOL = (
     "HR is cropped to a multiple of the scale; LR is its reduction by PIL's bicubic. Results are uint8. PSNR-Y and "
@@ -37,7 +38,8 @@ Track = Callable[[Sequence[Path], str], AbstractContextManager[Iterable[Path]]]
 class Settings:
     """What is scored. models: shipped names or folders, None for the default one.
 
-    weights: folder of the perceptual distance; None: SR_WEIGHTS_DIR, and without that the figure is left out.
+    weights: folder of the perceptual distance; None: SR_WEIGHTS_DIR, and without that the figure is left out. sheet:
+    PNG file for patches of all methods, one for each scale: "-x2" and the like are added to its name.
     """
 
     folders: tuple[Path, ...]
@@ -45,6 +47,7 @@ class Settings:
     backend: str = "auto"
     precision: str = "auto"
     weights: str | None = None
+    sheet: Path | None = None
 
 
 def run_quality(settings: Settings, *, track: Track = lambda paths, label: nullcontext(paths)) -> dict[str, Any]:
@@ -73,6 +76,11 @@ def run_quality(settings: Settings, *, track: Track = lambda paths, label: nullc
         for folder in settings.folders:
             for scale, methods in by_scale.items():
                 rows += evaluate(folder, scale=scale, methods=methods, distance=distance, track=track)
+        if sheet := settings.sheet:
+            for scale, methods in by_scale.items():
+                shown = {name: method for name, method in methods.items() if name != "bilinear"}
+                drawn = draw_sheet(settings.folders, scale=scale, methods=shown, prepare=read_pair)
+                write_sheet(drawn, sheet.with_name(f"{sheet.stem}-x{scale}.png"))
     return head | {"models": models, "lpips_like_missing": missing, "rows": rows}
 
 
@@ -97,14 +105,19 @@ def evaluate(
     scores: dict[str, list[dict[str, Any]]] = {name: [] for name in methods}
     with track(find_pictures(folder), f"{dataset} x{scale}") as paths:
         for path in paths:
-            hr = crop_to_scale(read_picture(path), scale, name=str(path))
-            lr = reduce(hr, scale)
+            lr, hr = read_pair(path, scale)
             for name, method in methods.items():
                 scores[name].append({"file": path.name, **score(method(lr), hr, scale=scale, distance=distance)})
     return [
         {"dataset": dataset, "scale": scale, "method": name, "means": _means(pictures), "pictures": pictures}
         for name, pictures in scores.items()
     ]
+
+
+def read_pair(path: Path, scale: int) -> tuple[np.ndarray, np.ndarray]:
+    """Give LR and HR of a file, as the protocol makes them. Raises: ImageError."""
+    hr = crop_to_scale(read_picture(path), scale, name=str(path))
+    return reduce(hr, scale), hr
 
 
 def crop_to_scale(picture: np.ndarray, scale: int, *, name: str) -> np.ndarray:
