@@ -96,9 +96,14 @@ def main(
         if address is not None:
             if compare_panel:
                 raise OptionError("--compare is not made on a cluster: leave one of --compare and --ray out")
+            if not address:
+                raise OptionError("--ray is empty: the address of a Ray cluster, auto, or local")
+            _interrupt_on_signals()
             how = jobs.Options(factor=factor, size=size, **options)
             _enlarge_on_cluster(address, inputs, output, suffix=suffix, engine=engine, options=how, workers=ray_workers)
             return
+        if ray_workers is not None:
+            raise OptionError("--ray-workers is for --ray")
         todo, folder = plan_jobs(inputs, output, suffix=suffix, panels=compare_panel)
         clips = [job for job in todo if video.is_video(job.source)]
         if clips and (size or factor):
@@ -108,6 +113,9 @@ def main(
             _make_folder(folder)
     except SRError as exc:
         raise click.ClickException(_printable(exc)) from exc
+    except _Interrupted as exc:
+        click.echo(f"\n{ENDING[exc.number]}: finished files are kept", err=True)
+        sys.exit(128 + exc.number)
     if verbose:
         click.echo(", ".join(f"{key} {value}" for key, value in upscaler.info.items()), err=True)
     how = jobs.Options(factor=factor, size=size, **options)
@@ -128,8 +136,7 @@ def main(
 
 
 def _enlarge_on_cluster(address: str, inputs: Sequence[str], output: str, *, suffix: str | None, **how: Any) -> None:
-    """Enlarge on Ray. Raises: SRError; ClickException if some pictures failed."""
-    _interrupt_on_signals()
+    """Enlarge on Ray. Raises: SRError; ClickException if some pictures failed; _Interrupted."""
     tasks = cluster.plan_tasks(inputs, output, suffix=suffix)
     found: Counter[str] = Counter()
     with (
@@ -137,15 +144,10 @@ def _enlarge_on_cluster(address: str, inputs: Sequence[str], output: str, *, suf
         click.progressbar(outcomes, length=len(tasks), label="enlarging", file=sys.stderr) as bar,
     ):
         failures = []
-        try:
-            for outcome in bar:
-                found[outcome.outcome] += 1
-                if outcome.error:
-                    failures.append(outcome.error)
-        except _Interrupted as exc:
-            outcomes.close()  # which writes the manifest
-            click.echo(f"\n{ENDING[exc.number]}: finished files are kept", err=True)
-            sys.exit(128 + exc.number)
+        for outcome in bar:
+            found[outcome.outcome] += 1
+            if outcome.error:
+                failures.append(outcome.error)
     for error in failures:
         click.echo(f"failed: {_printable(error)}", err=True)
     click.echo(

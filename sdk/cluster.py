@@ -26,7 +26,8 @@ from typing import Any
 
 import numpy as np
 
-from . import files, inputs, jobs, pipeline, remote
+from . import files, inputs, jobs, pipeline, remote, video
+from .bundle import Bundle
 from .errors import BackendError, BackendUnavailable, OptionError, OutputError, SRError
 from .opening import one_line
 from .upscaler import Upscaler
@@ -76,7 +77,12 @@ def plan_tasks(arguments: Sequence[str], output: str, *, suffix: str | None = No
             sources += [os.path.abspath(path) for path in inputs.expand((argument,))[0]]
     taken: dict[str, str] = {}
     for source in sources:
-        target = _join(output, inputs.result_name(source.replace(os.sep, "/").rsplit("/", 1)[-1], suffix))
+        name = remote.base_name(source) if remote.is_url(source) else os.path.basename(source)
+        target = _join(output, inputs.result_name(name, suffix))
+        if target == source:
+            raise OutputError(f"{source}: would be replaced by its own result; name another folder with -o")
+        if not remote.is_url(source) and video.is_video(Path(source)):
+            raise OptionError(f"{source}: videos are not enlarged on a cluster; leave --ray out for them")
         if target in taken:
             raise OutputError(f"{taken[target]} and {source} would both become {target}")
         taken[target] = source
@@ -96,9 +102,11 @@ def enlarge(
 
     address: of a Ray cluster, "auto", or "local" for one of its own on this machine. engine: options of Upscaler.
     workers: actors; None is one for each GPU, or one for every few cores.
-    Yields: an outcome for each task, as they come. Raises: BackendUnavailable without Ray or a cluster at the address;
+    Yields: an outcome for each task, as they come. Raises: BundleError for the model;
+    BackendUnavailable without Ray or a cluster at the address;
     OutputError if the output or its manifest cannot be written.
     """
+    Bundle.load(engine.get("model")).stage(engine.get("stage", "auto"))  # before a cluster is started for it
     outcomes = {task: Outcome(task.source, task.target, "open") for task in tasks}
     there = set() if options.overwrite else _names(output)
     _make_folder(output)
@@ -120,7 +128,25 @@ def enlarge(
     finally:
         if scratch:
             shutil.rmtree(scratch, ignore_errors=True)  # with what workers that died have left there
-        _write_manifest(output, list(outcomes.values()))
+        _write_manifest(output, _settled(outcomes, there=there, overwrite=options.overwrite))
+
+
+def _settled(outcomes: Mapping[Task, Outcome], *, there: set[str], overwrite: bool) -> list[Outcome]:
+    """Give the outcomes, and of those that nobody has told yet whether their result has come meanwhile.
+
+    there: names of the results that were there before.
+    """
+    if overwrite:
+        return list(outcomes.values())
+    made: dict[str, set[str]] = {}
+    settled = []
+    for task, outcome in outcomes.items():
+        folder, _, name = task.target.replace(os.sep, "/").rpartition("/")
+        if outcome.outcome == "open":
+            found = made.setdefault(folder, _names(folder))
+            outcome = replace(outcome, outcome="done", attempts=1) if name in found - there else outcome
+        settled.append(outcome)
+    return settled
 
 
 def _run(
@@ -135,7 +161,8 @@ def _run(
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
         shares = _shares(ray, device=engine.get("device", "auto"), workers=workers)
-        ledger = ray.remote(num_cpus=0)(Ledger).remote()
+        # If the node that it is on dies, it begins anew on another: some are then tried more often.
+        ledger = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Ledger).remote()
         rows = ray.data.from_items([asdict(task) for task in tasks], override_num_blocks=-(-len(tasks) // BLOCK))
         results = rows.map_batches(
             Worker,
@@ -143,7 +170,7 @@ def _run(
                 "engine": dict(engine),
                 "options": options,
                 "threads": shares.threads,
-                "begin": _Begin(ledger),
+                "ledger": _RemoteLedger(ledger),
                 "scratch": scratch,
             },
             batch_size=None,
@@ -176,7 +203,7 @@ def _connected(address: str) -> Iterator[Any]:
     try:
         ray.init(address=address, include_dashboard=dashboard, log_to_driver=False, logging_level=logging.ERROR)
     except Exception as exc:  # Ray raises many kinds
-        raise BackendUnavailable(f"no Ray cluster at {address!r}: {exc}".splitlines()[0]) from exc
+        raise BackendUnavailable(f"no Ray cluster at {address!r}: {one_line(exc)}") from exc
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, on_term)  # Ray has taken it
     try:
@@ -230,24 +257,35 @@ class Ledger:
         self._begun[name] += 1
         return self._begun[name]
 
+    def end(self, name: str) -> None:
+        """Take note that whoever began it has lived through it."""
+        del self._begun[name]
 
-@dataclass(frozen=True)
-class _Begin:
-    """Asks the ledger from another process."""
 
-    ledger: Any
+class _RemoteLedger:
+    """The ledger, from another process."""
 
-    def __call__(self, name: str) -> int:
+    def __init__(self, actor: Any):
+        self._actor = actor
+
+    def begin(self, name: str) -> int:
+        """See Ledger.begin."""
         import ray
 
-        return int(ray.get(self.ledger.begin.remote(name)))
+        return int(ray.get(self._actor.begin.remote(name)))
+
+    def end(self, name: str) -> None:
+        """See Ledger.end."""
+        import ray
+
+        ray.get(self._actor.end.remote(name))
 
 
 class Worker:
     """Holds an Upscaler, and enlarges a block of pictures at a time; an actor of Ray Data.
 
-    engine: options of Upscaler. threads: of its engine on the CPU, 0 lets it choose. begin: counts beginnings. scratch:
-    folder for files under way, on the disk that results go to; None if they go to URLs.
+    engine: options of Upscaler. threads: of its engine on the CPU, 0 lets it choose. ledger: outlives this worker.
+    scratch: folder for files under way, on the disk that results go to; None if they go to URLs.
     """
 
     def __init__(
@@ -255,18 +293,18 @@ class Worker:
         engine: Mapping[str, Any],
         options: jobs.Options,
         threads: int,
-        begin: Callable[[str], int],
+        ledger: Ledger | _RemoteLedger,
         scratch: str | None,
     ):
         if threads:
             os.environ["SR_THREADS"] = str(threads)
         self._upscaler = Upscaler(**engine)
-        self._options, self._begin, self._scratch = options, begin, scratch
+        self._options, self._ledger, self._scratch = options, ledger, scratch
 
     def __call__(self, block: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Enlarge a block of tasks, given and told of in columns."""
         tasks = [Task(str(source), str(target)) for source, target in zip(block["source"], block["target"])]
-        if self._begin(f"block of {tasks[0].source}") == 1:
+        if self._ledger.begin(f"block of {tasks[0].source}") == 1:
             outcomes = list(self._enlarge(tasks, attempts=1))
         else:
             # A worker died of one of them: they are done one by one, so that the guilty is found.
@@ -275,13 +313,18 @@ class Worker:
         return {name: np.array([row[name] for row in rows]) for name in rows[0]}
 
     def _enlarge_alone(self, task: Task) -> Outcome:
-        if _exists(task.target) and not self._options.overwrite:
-            return Outcome(task.source, task.target, "done", attempts=1)
-        attempts = 1 + self._begin(task.source)
+        try:
+            if not self._options.overwrite and _exists(task.target):
+                return Outcome(task.source, task.target, "done", attempts=1)
+        except SRError as exc:
+            return Outcome(task.source, task.target, "failed", str(exc), attempts=1)
+        attempts = 1 + self._ledger.begin(task.source)
         if attempts > MAX_DEATHS:
             error = f"{task.source}: {MAX_DEATHS} workers have died of it, or of what else was on their machine"
             return Outcome(task.source, task.target, "failed", error, MAX_DEATHS)
-        return next(self._enlarge([task], attempts=attempts))
+        outcome = next(self._enlarge([task], attempts=attempts))
+        self._ledger.end(task.source)
+        return outcome
 
     def _enlarge(self, tasks: Sequence[Task], *, attempts: int) -> Iterator[Outcome]:
         """Fetch, enlarge and store pictures, the steps overlapped; an error is the outcome of its picture."""
@@ -296,11 +339,12 @@ class Worker:
             )
             with closing(done) as results:
                 for work, error in results:
-                    task, seconds = work.task, time.monotonic() - work.started
+                    task = work.task
                     if isinstance(error, SRError):
-                        yield Outcome(task.source, task.target, "failed", work.worded(error), attempts, seconds)
+                        work.remove()
+                        yield Outcome(task.source, task.target, "failed", work.worded(error), attempts, work.seconds)
                     else:
-                        yield Outcome(task.source, task.target, "done", None, attempts, seconds)
+                        yield Outcome(task.source, task.target, "done", None, attempts, work.seconds)
 
 
 @contextmanager
@@ -336,7 +380,7 @@ class _Work:
 
     def __init__(self, task: Task, scratch: Path, *, overwrite: bool):
         self.task, self._overwrite = task, overwrite
-        self.started = time.monotonic()
+        self._started, self.seconds = time.monotonic(), 0.0
         name = posixpath.basename(task.target.replace(os.sep, "/"))
         self._folder = scratch / f"{secrets.token_hex(4)}-{name}"
         source = self._folder / "source" if remote.is_url(task.source) else Path(task.source)
@@ -344,7 +388,7 @@ class _Work:
 
     def fetch(self) -> jobs.Job:
         """Bring the source here. Raises: ImageError."""
-        self.started = time.monotonic()
+        self._started = time.monotonic()
         self._folder.mkdir()
         if remote.is_url(self.task.source):
             remote.fetch(self.task.source, self.job.source)
@@ -364,7 +408,12 @@ class _Work:
                     files.claim(self.job.target, Path(target))
             except OSError as exc:
                 raise OutputError(f"{target}: cannot be written ({exc.strerror})") from exc
-        shutil.rmtree(self._folder)
+        self.seconds = time.monotonic() - self._started
+        self.remove()
+
+    def remove(self) -> None:
+        """Remove what stood here."""
+        shutil.rmtree(self._folder, ignore_errors=True)
 
     def worded(self, error: SRError) -> str:
         """Give a message with the names that the user knows."""
@@ -409,11 +458,11 @@ def _make_scratch(folder: str) -> str:
 def _write_manifest(folder: str, outcomes: Sequence[Outcome]) -> None:
     """Write one line of JSON for each outcome. Raises: OutputError."""
     lines = "".join(json.dumps(asdict(outcome)) + "\n" for outcome in outcomes)
-    with tempfile.TemporaryDirectory(prefix="sr-cluster-") as name:
-        if remote.is_url(folder):
+    if remote.is_url(folder):
+        with tempfile.TemporaryDirectory(prefix="sr-cluster-") as name:
             path = Path(name) / MANIFEST
             path.write_text(lines, encoding="utf-8")
             remote.store(path, _join(folder, MANIFEST))
-            return
+        return
     with files.new_file(Path(folder) / MANIFEST, overwrite=True) as stream:
         stream.write(lines.encode())

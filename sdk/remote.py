@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from .errors import BackendUnavailable, ImageError, OptionError, OutputError
 from .inputs import is_picture
@@ -18,6 +19,11 @@ def is_url(text: str) -> bool:
     return "://" in text
 
 
+def base_name(url: str) -> str:
+    """Give the last part of a URL's path; of http, without what follows a question mark."""
+    return (urlsplit(url).path if url.startswith(("http://", "https://")) else url).rsplit("/", 1)[-1]
+
+
 def expand(url: str) -> list[str]:
     """List the pictures that a URL means: a file, a folder (not those inside it), or a glob.
 
@@ -25,12 +31,12 @@ def expand(url: str) -> list[str]:
     """
     with _told(url, ImageError):
         system, path = _open(url)
-        if any(char in path for char in "*?["):
-            found = [name for name in system.glob(path) if is_picture(name)]
+        if system.isfile(path):  # first: names may hold what globs are made of
+            found = [path]
         elif system.isdir(path):
             found = [name for name in system.find(path, maxdepth=1) if is_picture(name)]
         else:
-            found = [path] if system.exists(path) else []
+            found = [name for name in system.glob(path) if is_picture(name)] if set(path) & set("*?[") else []
     if not found:
         raise OutputError(f"{url}: no such file, or no pictures in it")
     return sorted(str(system.unstrip_protocol(name)) for name in found)

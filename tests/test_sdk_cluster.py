@@ -44,13 +44,8 @@ def manifest(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / MANIFEST).read_text().splitlines()]
 
 
-class FakeLedger(cluster.Ledger):
-    def __call__(self, name: str) -> int:
-        return self.begin(name)
-
-
 def make_worker(scratch: Path | None) -> cluster.Worker:
-    return cluster.Worker(ENGINE, jobs.Options(), 0, FakeLedger(), scratch and str(scratch))
+    return cluster.Worker(ENGINE, jobs.Options(), 0, cluster.Ledger(), scratch and str(scratch))
 
 
 def work(worker: cluster.Worker, tasks: list[Task]) -> list[Outcome]:
@@ -80,6 +75,14 @@ def test_files_folders_globs_and_urls_are_planned(tmp_path):
     assert plan_tasks([f"{url}/000.png"], "out")[0].target == os.path.abspath("out/000.png")
 
 
+def test_names_in_urls(tmp_path):
+    assert remote.base_name("https://host/a/b.jpg?X-Amz=1/2") == "b.jpg"
+    assert remote.base_name("s3://bucket/a?b.jpg") == "a?b.jpg"
+    (source,) = write_photos(tmp_path / "in", 1)
+    source.rename(tmp_path / "in" / "[1].png")
+    assert remote.expand(f"file://{tmp_path}/in/[1].png") == [f"file://{tmp_path}/in/[1].png"]
+
+
 def test_what_cannot_be_planned_is_told(tmp_path):
     write_photos(tmp_path / "in", 1)
     write_photos(tmp_path / "twin", 1)
@@ -91,6 +94,11 @@ def test_what_cannot_be_planned_is_told(tmp_path):
         plan_tasks([str(tmp_path / "nothing")], "out")
     with pytest.raises(OptionError, match="-o is empty"):
         plan_tasks([str(tmp_path / "in")], "")
+    with pytest.raises(OutputError, match="replaced by its own result"):
+        plan_tasks([str(tmp_path / "in")], str(tmp_path / "in"))
+    (tmp_path / "clip.mp4").write_bytes(b"")
+    with pytest.raises(OptionError, match="videos are not enlarged on a cluster"):
+        plan_tasks([str(tmp_path / "clip.mp4")], "out")
     with pytest.raises(OptionError, match="nowhere"):
         plan_tasks(["nowhere://bucket/folder"], "out")
 
@@ -123,15 +131,66 @@ def test_after_a_death_what_is_there_is_not_made_again_and_the_guilty_is_given_u
     (tmp_path / "out").mkdir()
     tasks = plan_tasks([str(tmp_path / "in")], str(tmp_path / "out"))
     worker = make_worker(tmp_path)
-    worker._begin("block of " + tasks[0].source)  # by one that died
-    worker._begin(tasks[2].source)
-    worker._begin(tasks[2].source)  # and two more, of this picture
+    worker._ledger.begin("block of " + tasks[0].source)  # by one that died
+    worker._ledger.begin(tasks[2].source)
+    worker._ledger.begin(tasks[2].source)  # and two more, of this picture
     Path(tasks[0].target).write_bytes(b"done before it died")
     outcomes = work(worker, tasks)
     assert [outcome.outcome for outcome in outcomes] == ["done", "done", "failed", "done"]
     assert [outcome.attempts for outcome in outcomes] == [1, 2, 3, 2]
     assert "3 workers have died of it" in outcomes[2].error
     assert Path(tasks[0].target).read_bytes() == b"done before it died"
+
+
+def test_pictures_beside_one_that_kills_are_not_to_blame(tmp_path, monkeypatch):
+    sources = write_photos(tmp_path / "in", 4)
+    sources[0].write_bytes(b"not a picture")
+    (tmp_path / "out").mkdir()
+    tasks = plan_tasks([str(tmp_path / "in")], str(tmp_path / "out"))
+    worker = make_worker(tmp_path)
+    decode = jobs.Steps.decode
+
+    def deadly(steps: jobs.Steps, job: jobs.Job):
+        if job.source.name == "002.png":
+            raise SystemExit  # stands for a death: nothing of the block is told
+        return decode(steps, job)
+
+    monkeypatch.setattr(jobs.Steps, "decode", deadly)
+    for _ in range(cluster.MAX_DEATHS):
+        with pytest.raises(SystemExit):
+            work(worker, tasks)
+    outcomes = work(worker, tasks)
+    assert [outcome.outcome for outcome in outcomes] == ["failed", "done", "failed", "done"]
+    assert "not a picture" in outcomes[0].error
+    assert "3 workers have died of it" in outcomes[2].error
+
+
+def test_a_storage_that_stammers_is_the_outcome_of_one_picture(tmp_path, monkeypatch):
+    write_photos(tmp_path / "in", 2)
+    (tmp_path / "out").mkdir()
+    tasks = plan_tasks([str(tmp_path / "in")], f"file://{tmp_path}/out")
+    worker = make_worker(None)
+    worker._ledger.begin("block of " + tasks[0].source)
+    exists = remote.exists
+
+    def stammer(url: str) -> bool:
+        if "000" in url:
+            raise OutputError(f"{url}: connection lost")
+        return exists(url)
+
+    monkeypatch.setattr(remote, "exists", stammer)
+    assert [outcome.outcome for outcome in work(worker, tasks)] == ["failed", "done"]
+
+
+def test_what_came_before_an_interruption_is_told(tmp_path):
+    write_photos(tmp_path / "in", 3)
+    (tmp_path / "out").mkdir()
+    tasks = plan_tasks([str(tmp_path / "in")], str(tmp_path / "out"))
+    outcomes = {task: Outcome(task.source, task.target, "open") for task in tasks}
+    for task in tasks[:2]:
+        Path(task.target).write_bytes(b"")
+    found = cluster._settled(outcomes, there={"000.png"}, overwrite=False)
+    assert [outcome.outcome for outcome in found] == ["open", "done", "open"]
 
 
 def test_a_mistake_of_ours_is_the_outcome_of_one_picture(tmp_path, monkeypatch, caplog):
@@ -342,6 +401,10 @@ def test_what_the_command_cannot_do_on_a_cluster(tmp_path, monkeypatch):
     write_photos(tmp_path / "in", 1)
     command = ["--ray", "local", str(tmp_path / "in"), "-o", str(tmp_path / "out")]
     assert "--compare is not made on a cluster" in CliRunner().invoke(main, [*command, "--compare"]).output
+    assert "--ray is empty" in CliRunner().invoke(main, ["--ray", "", *command[2:]]).output
+    assert "--ray-workers is for --ray" in CliRunner().invoke(main, ["--ray-workers", "2", *command[2:]]).output
+    assert "neither a folder" in CliRunner().invoke(main, [*command, "--model", "nope"]).output
+    assert not (tmp_path / "out").exists()
     monkeypatch.setitem(__import__("sys").modules, "ray", None)
     assert "pip install 'sr-sdk[ray]'" in CliRunner().invoke(main, command).output
     assert [entry["outcome"] for entry in manifest(tmp_path / "out")] == ["open"]
