@@ -22,12 +22,12 @@ from .timing import summarise, take_turns
 
 PAD = 10  # pixels; Real-ESRGAN's default tile_pad (xinntao/Real-ESRGAN, inference_realesrgan.py)
 PROTOCOL = (
-    "One picture, one network, one engine in fp32; contestants take turns as in `latency`. Whole: the picture in one "
-    "piece, which the others are held against. SDK: Upscaler as it is, or with tiles of that side and seams exact or "
-    "fast. {pad} px: tiles of that side with {pad} more pixels around each, cut off from the result and pasted, as "
-    "Real-ESRGAN does with its defaults; windows are padded to the network's grid by repeating their edge. Error: "
-    "largest difference of a pixel from the whole result, code values of 255; off: share of the pixels with a "
-    "difference above 1. Peer: a checkpoint that spandrel loads, on PyTorch in fp32."
+    "One picture, one network, one engine in fp32; contestants take turns as in `latency`. Whole: the picture in "
+    "one piece, which the others are held against. SDK: Upscaler as it is, or with tiles of that side and seams "
+    "exact or fast. {pad} px around: tiles of that side with {pad} more pixels around each, cut off from the result "
+    "and pasted, as Real-ESRGAN does with its defaults; windows are padded to the network's grid by repeating their "
+    "edge. Error: largest difference of a pixel from the whole result, code values of 255; off: share of the pixels "
+    "with a difference above 1. Peer: a checkpoint that spandrel loads, on PyTorch in fp32."
 )
 Runner = Callable[[np.ndarray], np.ndarray]
 
@@ -71,14 +71,14 @@ def run_tiling(settings: Settings, *, progress: Callable[[str], None] = lambda n
             halo = upscaler.info["halo"]
             if seams == "exact":
                 turns["SDK, as it cuts by itself"] = upscaler.upscale
-            turns[f"SDK, {seams}, {halo} px"] = partial(upscaler.upscale, tile=settings.tile)
-        turns[f"{PAD} px"] = partial(tile_padded, run=whole, tile=settings.tile, scale=bundle.manifest.scale)
+            turns[f"SDK, {seams}, halo {halo} px"] = partial(upscaler.upscale, tile=settings.tile)
+        turns[f"{PAD} px around"] = partial(tile_padded, run=whole, tile=settings.tile, scale=bundle.manifest.scale)
         progress(f"{bundle.manifest.name}: {', '.join(turns)}")
         rows += _rows(bundle.manifest.name, turns, lr, settings, scale=bundle.manifest.scale)
     if settings.peer:
         run, scale = open_peer(settings.peer)
         progress(f"{settings.peer.name}")
-        turns = {"whole": run, f"{PAD} px": partial(tile_padded, run=run, tile=settings.tile, scale=scale)}
+        turns = {"whole": run, f"{PAD} px around": partial(tile_padded, run=run, tile=settings.tile, scale=scale)}
         rows += _rows(settings.peer.name, turns, lr, settings, scale=scale)
     return head | {"rows": rows}
 

@@ -31,7 +31,7 @@ def test_tiles_of_each_way_are_held_against_the_whole(tmp_path):
     assert own["error"] <= 1
     assert exact["error"] <= 1
     assert fast["error"] <= 4
-    assert padded["way"] == "10 px"
+    assert padded["way"] == "10 px around"
     assert padded["error"] > 1  # the network reaches farther
     assert padded["off_percent"] > 0
     assert "largest error" in shown

@@ -158,6 +158,6 @@ def test_the_commands_of_the_readme_work(tmp_path):
             ["sh", "-ec", script], cwd=tmp_path, capture_output=True, text=True, timeout=serving.WAIT_S
         )
     assert done.returncode == 0, done.stderr
-    for name, shape in (("large.png", (48, 60, 3)), ("large.webp", (96, 120, 3))):
+    for name, shape in (("large.png", (48, 60, 3)), ("large.webp", (96, 120, 3)), ("larger.png", (72, 90, 3))):
         assert decoded((tmp_path / name).read_bytes()).shape == shape
-    assert '{"id":' in done.stdout
+    assert "event: done" in done.stdout

@@ -197,6 +197,16 @@ def test_threads_outlive_whatever_happens_to_the_store(tmp_path, monkeypatch):
         assert follow(client, add(client, photo()))[-1][0] == "done"
 
 
+def test_an_order_that_cannot_be_read_fails(tmp_path):
+    server = serving.make_server(tmp_path / "state")
+    (tmp_path / "picture").write_bytes(encoded(photo()))
+    with serving.client(server) as client:
+        name = server.store.add("no order", tmp_path / "picture")
+        server.runner.wake()
+        event, told = follow(client, name)[-1]
+        assert (event, told["status"]) == ("failed", 500)
+
+
 def test_a_job_whose_model_is_gone_says_so(tmp_path):
     with serving.client(serving.make_server(tmp_path / "state", grace_s=0)) as client:
         add(client, photo(), model="blur")

@@ -95,9 +95,10 @@ def test_content_tells_what_is_sent_and_not_the_header(client, upscaler, declare
 def test_every_format_comes_back_as_what_it_says(client, kind):
     answer = client.post("/v1/upscale", params={"format": kind}, content=encoded(photo()))
     assert answer.status_code == 200, answer.text
-    assert answer.headers["content-type"] == f"image/{kind}"
+    full = {"jpg": "jpeg", "tif": "tiff"}.get(kind, kind)
+    assert answer.headers["content-type"] == f"image/{full}"
     opened = Image.open(io.BytesIO(answer.content))
-    assert (opened.format.lower(), opened.size) == (kind, (60, 48))
+    assert (opened.format.lower(), opened.size) == (full, (60, 48))
 
 
 def test_a_factor_and_a_quality(client, upscaler):
@@ -219,7 +220,7 @@ def test_too_many_requests_are_told_when_to_come_again(open_client, monkeypatch)
         refused = client.post("/v1/upscale", content=encoded(photo()))
         assert refused.status_code == 429
         assert 1 <= int(refused.headers["retry-after"]) <= 60
-        assert client.post("/v1/jobs", content=encoded(photo())).status_code == 429
+        assert client.post("/v1/jobs", content=encoded(photo())).status_code == 202  # which take no place
         assert client.get("/healthz").status_code == 200
         slow.go.set()
         assert [future.result().status_code for future in held] == [200, 200]
@@ -251,6 +252,21 @@ def test_work_for_a_client_that_leaves_is_ended(open_client, monkeypatch):
     until(lambda: server.desk.taken == 0)
     until(lambda: left_files(server) == [])
     assert not slow.begun.acquire(blocking=False)  # the one that waited never began
+
+
+def test_a_request_that_the_end_of_the_server_cuts_off_is_told(open_client, monkeypatch):
+    slow = Slow(monkeypatch)
+    client, server = open_client(grace_s=1, workers=1)
+    with ThreadPoolExecutor(2) as pool:
+        asked = [pool.submit(client.post, "/v1/upscale", content=encoded(photo())) for _ in range(2)]
+        assert slow.begun.acquire(timeout=serving.WAIT_S)
+        until(lambda: server.desk.taken == 2)
+        server.drain()
+        for future in asked:
+            answer = future.result()
+            assert answer.status_code == 503
+            assert answer.json()["detail"] == "the server is about to end"
+            assert int(answer.headers["retry-after"]) > 0
 
 
 def test_a_body_that_does_not_come_gives_its_place_back(open_client):

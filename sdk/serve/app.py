@@ -33,13 +33,14 @@ JOBS_ADVICE = "send a smaller picture, or post it to /v1/jobs"
 
 
 class JobState(BaseModel):
-    """A job: queued, running, done or failed."""
+    """A job: queued, running, done or failed; then with the status that the answer would have had."""
 
     id: str
     state: str
     progress: float
     created: float
     expires: float | None = None
+    status: int | None = None
     error: str | None = None
     result: str | None = None
 
@@ -91,7 +92,7 @@ def _page() -> APIRouter:
     router = APIRouter(include_in_schema=False)
 
     def add(path: str, file: Path) -> None:
-        @router.get(path)
+        @router.api_route(path, methods=["GET", "HEAD"])
         async def give() -> FileResponse:
             return FileResponse(file)
 
@@ -110,7 +111,7 @@ def _pictures(server: Server) -> APIRouter:
     async def upscale(request: Request, order: Annotated[Order, Query()]) -> Response:
         """Enlarge a picture and answer with the result; the work stops if the client leaves."""
         server.models.check(order)
-        source = await _received(request, server)
+        source = await _received(request, server, needs_place=True)
         try:
             give_back = server.desk.take_place()
         except Failure:
@@ -135,9 +136,9 @@ def _pictures(server: Server) -> APIRouter:
     return router
 
 
-async def _received(request: Request, server: Server) -> Path:
+async def _received(request: Request, server: Server, *, needs_place: bool) -> Path:
     """Let a picture come in, and give its file. Raises: Failure."""
-    end = server.desk.begin_receiving()
+    end = server.desk.begin_receiving(needs_place=needs_place)
     try:
         source = server.models.new_file("source")
         await receive(request, source, limit_s=server.options.transfer_s)
@@ -154,7 +155,7 @@ def _jobs(server: Server) -> APIRouter:
     async def add_job(request: Request, response: Response, order: Annotated[Order, Query()]) -> JobState:
         """Accept a picture to be enlarged later; it is done even if the server is restarted meanwhile."""
         server.models.check(order)
-        source = await _received(request, server)
+        source = await _received(request, server, needs_place=False)
         try:
             name = await asyncio.to_thread(server.store.add, order.model_dump_json(), source)
         except NoRoom as exc:
@@ -234,6 +235,7 @@ def _state(job: Job, share: float | None) -> JobState:
         progress=1.0 if job.state == "done" else round(share or 0.0, 3),
         created=job.created,
         expires=job.expires,
+        status=job.status,
         error=job.error,
         result=f"/v1/jobs/{job.id}/result" if job.state == "done" else None,
     )

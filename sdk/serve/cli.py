@@ -53,7 +53,9 @@ COUNT = click.IntRange(min=1)
     default=Options.transfer_s,
     help="s for a body to come in, and for a result to go out.",
 )
-@click.option("--timeout", "request_s", type=SECONDS, default=Options.request_s, help="s for the work on a request.")
+@click.option(
+    "--timeout", "request_s", type=SECONDS, default=Options.request_s, help="s for a request, waiting included."
+)
 @click.option("--job-timeout", "job_s", type=SECONDS, default=Options.job_s, help="s for the work on a job.")
 @click.option("--grace", "grace_s", type=click.IntRange(min=0), default=Options.grace_s, help="s for what is under way "
               "when the server is told to end.")  # fmt: skip

@@ -6,6 +6,7 @@ import logging
 import sqlite3
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from .models import Models
@@ -65,7 +66,8 @@ class JobRunner:
         stop_s: for them to notice. Returns: False if one is still at work, in a step that cannot be stopped.
         """
         self.drain()
-        self._store.spare()
+        with suppress(sqlite3.Error):  # the disk is full, say: their attempts count
+            self._store.spare()
         self._join(grace_s)
         for watch in list(self._watches.values()):
             watch.stop()
@@ -107,7 +109,7 @@ class JobRunner:
         """Do one job. Raises: sqlite3.Error if what became of it cannot be kept."""
         watch = self._watches[name] = Watch(self._limit_s)
         try:
-            failure = self._try(name, Order.model_validate_json(order), watch)
+            failure = self._try(name, order, watch)
         except Stopped:
             if self._closing:
                 self._store.release(name)
@@ -118,11 +120,12 @@ class JobRunner:
             self._untold[name] = failure
             self._tell()
 
-    def _try(self, name: str, order: Order, watch: Watch) -> Failure | None:
+    def _try(self, name: str, text: str, watch: Watch) -> Failure | None:
         """Do the work, and keep its result; give what went wrong. Raises: Stopped."""
         source = self._models.new_file("source")
         result: Path | None = None
         try:
+            order = Order.model_validate_json(text)
             self._models.check(order)  # of an earlier server, maybe, which had other models
             with source.open("xb") as stream:
                 for piece in self._store.pieces(name):

@@ -15,9 +15,9 @@ class Options:
     backend, device, precision, batch, memory_mib: of every Upscaler; None is automatic.
     workers, job_workers: requests and jobs worked on at once. places: requests under way, waiting ones among them.
     max_body_mib: of what a client sends; max_pixels, max_result_pixels: of a picture and of a result, or a frame of it.
-    transfer_s: for a body to come in, or a result to go out. request_s, job_s: for the work. grace_s: for what is under
-    way at the end. keep_h: hours that the result of a job is kept. max_state_mib: of all jobs. keys: one of them is
-    needed, if there are some.
+    transfer_s: for a body to come in, or a result to go out. request_s: for a request, its waiting included; job_s: for
+    the work on a job. grace_s: for what is under way at the end. keep_h: hours that the result of a job is kept.
+    max_state_mib: of all jobs. keys: one of them is needed, if there are some.
     """
 
     models: tuple[str, ...] = ()

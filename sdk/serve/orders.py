@@ -15,8 +15,10 @@ MEDIA_TYPES = {
     "png": "image/png",
     "jpeg": "image/jpeg",
     "webp": "image/webp",
+    "jpg": "image/jpeg",
     "avif": "image/avif",
     "tiff": "image/tiff",
+    "tif": "image/tiff",
     "gif": "image/gif",
     "bmp": "image/bmp",
 }
@@ -35,7 +37,7 @@ class Order(BaseModel):
         allow_inf_nan=False,
         description="How much larger each side becomes; without it, the model's own factor.",
     )
-    format: Literal["png", "jpeg", "webp", "avif", "tiff", "gif", "bmp"] = Field(
+    format: Literal["png", "jpeg", "jpg", "webp", "avif", "tiff", "tif", "gif", "bmp"] = Field(
         "png", description="Of the result; animations stay animated in png (APNG), webp, avif and gif."
     )
     quality: int = Field(95, ge=1, le=100, description="Of jpeg, webp and avif.")
@@ -73,6 +75,11 @@ class Watch:
     def stop(self) -> None:
         """Have the work end at its next batch of windows."""
         self._stop.set()
+
+    @property
+    def left_s(self) -> float:
+        """How long the work may still take."""
+        return max(0.0, self._ends - time.monotonic())
 
     @property
     def is_over(self) -> bool:

@@ -17,6 +17,8 @@ from starlette.types import Receive, Scope, Send
 from .orders import Failure, Stopped, Watch
 from .requests import discard
 
+POLL_S = 0.25  # how often it is looked whether the work has been stopped
+AGAIN_S = 10  # when a client may ask the next server
 CLOSED = 499  # what is counted when the client has gone
 
 
@@ -76,14 +78,15 @@ async def wait(request: Request, future: Future[Path], watch: Watch) -> Path | N
     left: asyncio.Future[None] = asyncio.ensure_future(_disconnected(request))
     either: set[asyncio.Future[Any]] = {done, left}
     try:
-        await asyncio.wait(either, timeout=watch.limit_s, return_when=asyncio.FIRST_COMPLETED)
-        if done.done():
-            return done.result()
-        if left.done():
-            return None
-        raise watch.too_late()
-    except Stopped:
-        return None
+        while not (done.done() or left.done()):
+            if watch.is_stopped:
+                raise Failure(503, "the server is about to end", retry_after_s=AGAIN_S)
+            if watch.is_over:
+                raise watch.too_late()
+            await asyncio.wait(either, timeout=min(POLL_S, watch.left_s), return_when=asyncio.FIRST_COMPLETED)
+        return done.result() if done.done() else None
+    except Stopped as exc:
+        raise Failure(503, "the server is about to end", retry_after_s=AGAIN_S) from exc
     finally:
         left.cancel()
         if not done.done():

@@ -29,13 +29,19 @@ class Desk:
         self._pool = ThreadPoolExecutor(workers, "sr-request")
         self._lock = threading.Lock()
         self._mean_s = 1.0
-        self._working: dict[int, Watch] = {}
+        self._submitted: set[Watch] = set()
+        self._working: set[Watch] = set()
         self.taken = self.receiving = 0
 
-    def begin_receiving(self) -> Callable[[], None]:
-        """Let a picture come in; give what ends that. Raises: Failure if there is no place, or too many come in."""
+    def begin_receiving(self, *, needs_place: bool) -> Callable[[], None]:
+        """Let a picture come in; give what ends that.
+
+        needs_place: for a request that is answered at once, not for a job.
+        Raises: Failure if there is no place, or too many come in.
+        """
         with self._lock:
-            if self.taken >= self._places or self.receiving >= RECEIVING * self._places:
+            is_full = needs_place and self.taken >= self._places
+            if is_full or self.receiving >= RECEIVING * self._places:
                 raise self._busy()
             self.receiving += 1
         return self._once("receiving")
@@ -69,19 +75,27 @@ class Desk:
 
         It raises Failure, or Stopped.
         """
+        with self._lock:
+            self._submitted.add(watch)
         future = self._pool.submit(self._work, order, source, watch)
-        future.add_done_callback(lambda _: source.unlink(missing_ok=True))
+
+        def end(_: Future[Path]) -> None:
+            source.unlink(missing_ok=True)
+            with self._lock:
+                self._submitted.discard(watch)
+
+        future.add_done_callback(end)
         return future
 
     def _work(self, order: Order, source: Path, watch: Watch) -> Path:
         started = time.monotonic()
         with self._lock:
-            self._working[id(watch)] = watch
+            self._working.add(watch)
         try:
             return self._models.enlarge(order, source, watch)
         finally:
             with self._lock:
-                del self._working[id(watch)]
+                self._working.discard(watch)
                 self._mean_s += SMOOTHING * (time.monotonic() - started - self._mean_s)
 
     @property
@@ -93,7 +107,13 @@ class Desk:
     def is_stuck(self) -> bool:
         """Whether all threads are at work that nobody waits for, in steps that cannot be stopped."""
         with self._lock:
-            return sum(watch.is_over for watch in self._working.values()) >= self._workers
+            return sum(watch.is_over for watch in self._working) >= self._workers
+
+    def stop(self) -> None:
+        """Stop the work on every request; those that wait for it are told."""
+        with self._lock:
+            for watch in self._submitted:
+                watch.stop()
 
     def close(self, stop_s: float) -> bool:
         """End the threads; no request is under way any more. Returns: False if one cannot be stopped within a time."""

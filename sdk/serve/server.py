@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 from ..bundle import DEFAULT_MODEL, shipped_models
-from ..errors import OutputError, SRError
+from ..errors import BackendError, OutputError, SRError
 from .jobs import JobRunner
 from .metrics import Metrics
 from .models import Limits, Models
@@ -16,8 +18,10 @@ from .options import MIB, Options
 from .requests import Desk
 from .store import Store
 
+LOG = logging.getLogger(__name__)
 WARM_SIZE = (256, 256)  # of the picture that the default model is made ready with
 WORK = ".sr-serve-work"  # the folder of the work under way; a name that nobody else's folder has
+ANSWER_S = 1.0  # for requests to be answered whose work is stopped at the end
 STOP_S = 5.0  # for work that is stopped to notice
 
 
@@ -32,6 +36,7 @@ class Server:
     def __init__(self, state: Path, options: Options, *, on_failure: Callable[[SRError], None]):
         self.options = options
         self._on_failure = on_failure
+        self._ends = 0.0  # of the grace, once it has begun
         self.store = Store(state, keep_s=options.keep_h * 3600, max_bytes=options.max_state_mib * MIB)
         engine = {
             "backend": options.backend,
@@ -73,16 +78,25 @@ class Server:
             self.warmed.set()
         except SRError as exc:
             self._on_failure(exc)
+        except Exception as exc:
+            LOG.exception("the default model")
+            self._on_failure(BackendError(f"the default model cannot be opened: {exc}"))
 
     def drain(self) -> None:
-        """Take no new work; what is under way goes on."""
-        self.draining.set()
-        self.runner.drain()
+        """Take no new work; what is under way goes on, for as long as the server lets it."""
+        if not self.draining.is_set():
+            self.draining.set()
+            self._ends = time.monotonic() + self.options.grace_s
+            self.runner.drain()
+            # Before uvicorn does it, without an answer.
+            timer = threading.Timer(max(0.0, self.options.grace_s - ANSWER_S), self.desk.stop)
+            timer.daemon = True
+            timer.start()
 
     def close(self) -> None:
         """End, when the last request has been answered."""
         self.drain()
-        is_still = self.runner.close(self.options.grace_s, STOP_S)
+        is_still = self.runner.close(max(0.0, self._ends - time.monotonic()), STOP_S)
         is_still = self.desk.close(STOP_S) and is_still
         self.store.close()
         if is_still:
