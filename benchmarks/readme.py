@@ -17,7 +17,7 @@ from .tables import Table, provenance, tables_of
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
-PLOTTED = ("quality", "latency", "roofline", "scaling")
+PLOTTED = ("quality", "latency", "roofline", "scaling", "soak")
 BLOCK = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
