@@ -68,13 +68,16 @@ main.add_command(train_command)
 @click.option("--threads", type=click.IntRange(1), help="Cores for every contestant. Default: all.")
 @click.option("--picture", type=click.Path(path_type=Path), help="Cut the input from this file. Default: a drawn one.")
 @click.option("--run", type=click.Path(path_type=Path), help="Run of sr-train whose weights PyTorch uses.")
-@click.option("--stage", default="auto", show_default=True, help="Resolution stage of the model.")
+@click.option("--stage", "stages", multiple=True, help="Resolution stage; may be repeated. Default: the last one.")
+@click.option("--batch", "batches", type=click.IntRange(1), multiple=True, help="Pictures at once. Default: 1.")
 @click.option("--contestant", "contestants", multiple=True, help="Time this one beside bilinear; may be repeated.")
 @json_option
 def latency(
     json_path: Path | None,
     sizes: tuple[tuple[int, int], ...],
     contestants: tuple[str, ...],
+    stages: tuple[str, ...],
+    batches: tuple[int, ...],
     repeats: int,
     picture: Path | None,
     threads: int | None,
@@ -82,8 +85,8 @@ def latency(
 ) -> None:
     """Time the SDK on every engine against interpolation, plain engines and, where it is installed, PyTorch."""
     settings = latency_module.Settings(
-        sizes=sizes or DEFAULT_SIZES, repeats=repeats, contestants=contestants, picture=picture,
-        setup=Setup(threads=threads, **options),
+        sizes=sizes or DEFAULT_SIZES, repeats=repeats, contestants=contestants, picture=picture, stages=stages,
+        batches=batches or (1,), setup=Setup(threads=threads, **options),
     )  # fmt: skip
 
     def measure() -> dict[str, Any]:

@@ -18,6 +18,7 @@ from . import plain, torch_eager
 from .cores import has_strays
 from .pictures import BICUBIC, BILINEAR, LANCZOS, enlarge
 
+# (h, w, 3), or (N, h, w, 3) of a batch, uint8 -> the same, scale times as large.
 Runner = Callable[[np.ndarray], np.ndarray]
 
 
@@ -37,12 +38,17 @@ class Contestant:
 
 @dataclass(frozen=True)
 class Setup:
-    """What all of them run. run: folder of the weights that PyTorch uses; threads: cores the process is limited to."""
+    """What all of them run.
+
+    run: folder of the weights that PyTorch uses. threads: cores the process is limited to. batch: windows that the SDK
+    runs at once, None is what the engine likes.
+    """
 
     model: str | None = None
     stage: str = "auto"
     run: Path | None = None
     threads: int | None = None
+    batch: int | None = None
 
 
 BASELINE = Contestant("bilinear", "cpu", "uint8")
@@ -102,16 +108,16 @@ def open_contestants(
 
 
 def open_contestant(contestant: Contestant, setup: Setup, stack: ExitStack) -> Runner:
-    """Make (h, w, 3) uint8 -> (h*scale, w*scale, 3) uint8 ready; `stack` closes it.
+    """Make a runner ready; `stack` closes it.
 
     Raises: BackendUnavailable if it cannot run here, another SRError for a model or run that is not right.
     """
     if contestant.engine in MODULES:
         upscaler = Upscaler(
             setup.model, backend=contestant.engine, device=contestant.device, precision=contestant.precision,
-            stage=setup.stage,
+            stage=setup.stage, batch=setup.batch or "auto",
         )  # fmt: skip
-        runner: Runner = stack.enter_context(upscaler).upscale
+        runner = _sdk(stack.enter_context(upscaler))
     else:
         runner = OTHERS[contestant.engine](contestant, setup)
     is_network = contestant.precision != "uint8"
@@ -120,9 +126,18 @@ def open_contestant(contestant: Contestant, setup: Setup, stack: ExitStack) -> R
     return runner
 
 
+def _sdk(upscaler: Upscaler) -> Runner:
+    return lambda lr: upscaler.upscale(lr) if lr.ndim == 3 else np.stack(upscaler.upscale_batch(list(lr)))
+
+
+def _each(enlarge_one: Runner) -> Runner:
+    """Make a runner of what takes one picture."""
+    return lambda lr: enlarge_one(lr) if lr.ndim == 3 else np.stack([enlarge_one(picture) for picture in lr])
+
+
 def _pillow(contestant: Contestant, setup: Setup) -> Runner:
     resample = {"bilinear": BILINEAR, "bicubic": BICUBIC, "lanczos": LANCZOS}[contestant.engine]
-    return partial(enlarge, scale=Bundle.load(setup.model).manifest.scale, resample=resample)
+    return _each(partial(enlarge, scale=Bundle.load(setup.model).manifest.scale, resample=resample))
 
 
 def _opencv(contestant: Contestant, setup: Setup) -> Runner:
@@ -134,7 +149,7 @@ def _opencv(contestant: Contestant, setup: Setup) -> Runner:
         "opencv bilinear": cv2.INTER_LINEAR, "opencv bicubic": cv2.INTER_CUBIC, "opencv lanczos": cv2.INTER_LANCZOS4
     }  # fmt: skip
     kernel, scale = kernels[contestant.engine], Bundle.load(setup.model).manifest.scale
-    return lambda lr: np.asarray(cv2.resize(lr, None, fx=scale, fy=scale, interpolation=kernel))
+    return _each(lambda lr: np.asarray(cv2.resize(lr, None, fx=scale, fy=scale, interpolation=kernel)))
 
 
 def _plain_onnxruntime(contestant: Contestant, setup: Setup) -> Runner:

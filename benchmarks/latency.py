@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -49,13 +49,16 @@ PROTOCOL = (
 class Settings:
     """What is timed.
 
-    sizes: of the LR input, (height, width). contestants: names; none: all. picture: file that the input is cut from;
-    None: a drawn one. setup.threads: the number of cores that the process was limited to.
+    sizes: of the LR input, (height, width). batches: pictures at once. stages: resolution stages; none: that of setup.
+    contestants: names; none: all. picture: file that the input is cut from; None: a drawn one. setup.threads: the
+    number of cores that the process was limited to.
     """
 
     sizes: tuple[tuple[int, int], ...]
     repeats: int
     setup: Setup = field(default_factory=Setup)
+    batches: tuple[int, ...] = (1,)
+    stages: tuple[str, ...] = ()
     contestants: tuple[str, ...] = ()
     picture: Path | None = None
 
@@ -67,33 +70,58 @@ def run_latency(settings: Settings, *, progress: Callable[[str], None] = lambda 
     Raises: SRError for a missing model, stage, run or picture, or an unknown contestant.
     """
     setup = settings.setup
-    contestants = choose(settings.contestants)
+    choose(settings.contestants)
     bundle = Bundle.load(setup.model)
+    stages = [bundle.stage(name).name for name in settings.stages or (setup.stage,)]
     source = None if settings.picture is None else read_picture(settings.picture)
     head = result_head("latency", protocol=PROTOCOL) | {
-        "model": model_facts(bundle, stage=setup.stage),
+        "model": model_facts(bundle, stage=stages[0]),
         "repeats": settings.repeats,
         "threads": setup.threads,
         "picture": "drawn" if settings.picture is None else settings.picture.name,
         "torch_weights": torch_eager.describe_weights(setup.run),
     }
     rows: list[dict[str, Any]] = []
+    skipped: list[dict[str, str]] = []
+    for stage in dict.fromkeys(stages):
+        for batch in dict.fromkeys(settings.batches):
+            chosen = replace(setup, stage=stage, batch=None if batch == 1 else batch)
+            found, others = _measure(settings, chosen, batch, source, bundle.manifest.scale, progress)
+            rows += found
+            skipped += [each for each in others if each not in skipped]
+    return head | {"rows": rows, "skipped": skipped}
+
+
+def _measure(
+    settings: Settings,
+    setup: Setup,
+    batch: int,
+    source: np.ndarray | None,
+    scale: int,
+    progress: Callable[[str], None],
+) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
+    """Measure one stage and batch at all sizes; give the rows, and what was skipped."""
+    rows: list[dict[str, Any]] = []
     with ExitStack() as stack:
-        runners, skipped = open_contestants(contestants, setup, stack)
+        runners, skipped = open_contestants(choose(settings.contestants), setup, stack)
         for size in settings.sizes:
-            lr = draw_picture(size) if source is None else fit_picture(source, size)
+            picture = draw_picture(size) if source is None else fit_picture(source, size)
+            lr = picture if batch == 1 else np.stack([np.roll(picture, 8 * number, axis=1) for number in range(batch)])
             able, unable = try_all(runners, lr)
             skipped += unable
-            progress(f"{size[0]}x{size[1]}: timing {', '.join(contestant.name for contestant in able)}")
+            what = f"stage {setup.stage}, {batch} of {size[0]}x{size[1]}"
+            progress(f"{what}: timing {', '.join(contestant.name for contestant in able)}")
             turns = {contestant: partial(runner, lr) for contestant, runner in able.items()}
             samples = take_turns(turns, repeats=settings.repeats)
             timings = {contestant: summarise(times_ms) for contestant, times_ms in samples.items()}
             psnr_db = compare_results(able, lr)
             energy_j = {contestant: energy_joules(turn) for contestant, turn in turns.items()}
-            progress(f"{size[0]}x{size[1]}: peak memory")
-            memory_mib = {contestant: measure_peak_mib(_work, contestant, setup, size) for contestant in able}
-            rows += make_rows(timings, memory_mib, psnr_db, energy_j, size=size, scale=bundle.manifest.scale)
-    return head | {"rows": rows, "skipped": skipped}
+            progress(f"{what}: peak memory")
+            memory_mib = {contestant: measure_peak_mib(_work, contestant, setup, lr.shape) for contestant in able}
+            about = {"stage": setup.stage, "batch": batch}
+            found = make_rows(timings, memory_mib, psnr_db, energy_j, size=size, scale=scale, batch=batch)
+            rows += [about | row for row in found]
+    return rows, skipped
 
 
 def try_all(
@@ -107,7 +135,8 @@ def try_all(
             able[contestant] = runner
         except Exception as exc:  # each engine has errors of its own
             reason = str(exc).strip().splitlines()[0] if str(exc).strip() else type(exc).__name__
-            unable.append({"contestant": contestant.name, "reason": f"{lr.shape[0]}x{lr.shape[1]}: {reason}"})
+            size = "x".join(map(str, lr.shape[:-1]))
+            unable.append({"contestant": contestant.name, "reason": f"{size}: {reason}"})
     return able, unable
 
 
@@ -131,9 +160,10 @@ def make_rows(
     *,
     size: tuple[int, int],
     scale: int,
+    batch: int = 1,
 ) -> list[dict[str, Any]]:
     """Make the table of one LR size, with ratios of medians; a figure is None where what it needs did not run."""
-    output_mp = size[0] * size[1] * scale**2 / 1e6
+    output_mp = batch * size[0] * size[1] * scale**2 / 1e6
     baseline_ms = timings[BASELINE].median_ms
     reference_ms = timings[REFERENCE].median_ms if REFERENCE in timings else None
     eager_ms = timings[EAGER].median_ms if EAGER in timings else None
@@ -155,9 +185,9 @@ def make_rows(
     ]
 
 
-def _work(contestant: Contestant, setup: Setup, size: tuple[int, int]) -> None:
+def _work(contestant: Contestant, setup: Setup, shape: tuple[int, ...]) -> None:
     """Do what a contestant is timed for, twice: the first run may allocate less than the second."""
     with ExitStack() as stack:
         runner = open_contestant(contestant, setup, stack)
         for _ in range(2):
-            runner(np.zeros((*size, 3), np.uint8))
+            runner(np.zeros(shape, np.uint8))

@@ -17,9 +17,9 @@ Infer = Callable[[np.ndarray], np.ndarray]
 
 
 def open_onnxruntime(bundle: Bundle, *, stage: str = "auto") -> Infer:
-    """Make (h, w, 3) uint8 -> (h*scale, w*scale, 3) uint8 of an InferenceSession with default options, in fp32.
+    """Make (h, w, 3) or (N, h, w, 3) uint8 -> the same, enlarged, of an InferenceSession with default options, in fp32.
 
-    The picture is run whole, padded to the network's grid.
+    Pictures are run whole, padded to the network's grid.
     Raises: BackendUnavailable without ONNX Runtime.
     """
     try:
@@ -73,12 +73,14 @@ def _graph(bundle: Bundle, stage: str) -> Path:
 
 
 def _whole(bundle: Bundle, stage: str, run: Infer) -> Infer:
-    """Pad a picture to the grid at right and bottom, run it, and cut the result."""
+    """Pad pictures to the grid at right and bottom, run them, and cut the results."""
     stride, scale = bundle.stage(stage).stride, bundle.manifest.scale
 
     def upscale(lr: np.ndarray) -> np.ndarray:
-        height, width = lr.shape[:2]
-        padded = np.pad(lr, ((0, -height % stride), (0, -width % stride), (0, 0)), mode="edge")
-        return run(padded[None])[0, : height * scale, : width * scale].copy()  # OpenVINO writes over its own
+        batch = lr[None] if lr.ndim == 3 else lr
+        height, width = batch.shape[1:3]
+        padded = np.pad(batch, ((0, 0), (0, -height % stride), (0, -width % stride), (0, 0)), mode="edge")
+        result = run(padded)[:, : height * scale, : width * scale].copy()  # OpenVINO writes over its own
+        return result[0] if lr.ndim == 3 else result
 
     return upscale

@@ -18,6 +18,7 @@ from sdk.bundle import shipped_models
 from sdk.errors import BackendUnavailable
 from train.plots import new_figure
 
+from .report import latency_cases
 from .tables import PUBLISHED
 
 if TYPE_CHECKING:
@@ -88,11 +89,10 @@ def _figure(columns: int, *, size: tuple[float, float]) -> tuple[Figure, list[Ax
 
 
 def _latency(result: dict[str, Any]) -> list[Figure]:
-    sizes = list(dict.fromkeys(tuple(row["size"]) for row in result["rows"]))
+    cases = latency_cases(result)
     names = list(dict.fromkeys(row["contestant"] for row in result["rows"]))
-    figure, places = _figure(len(sizes), size=(5, 1 + 0.28 * len(names)))
-    for place, size in zip(places, sizes):
-        rows = [row for row in result["rows"] if tuple(row["size"]) == size]
+    figure, places = _figure(len(cases), size=(5, 1 + 0.28 * len(names)))
+    for place, (case, rows) in zip(places, cases.items()):
         heights = [len(names) - names.index(row["contestant"]) for row in rows]
         medians = [row["median_ms"] for row in rows]
         spans = [
@@ -100,7 +100,7 @@ def _latency(result: dict[str, Any]) -> list[Figure]:
         ]  # fmt: skip
         colours = [OURS if row["engine"] in ("onnxruntime", "openvino", "tensorrt") else OTHERS for row in rows]
         place.barh(heights, medians, xerr=spans, color=colours, error_kw={"linewidth": 0.7})
-        place.set(xscale="log", xlabel="ms, median with least and most", title=f"{size[0]}x{size[1]} LR")
+        place.set(xscale="log", xlabel="ms, median with least and most", title=case)
         place.set_yticks(range(len(names), 0, -1), names)
     return [figure]
 

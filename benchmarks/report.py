@@ -80,18 +80,29 @@ def _machine(facts: dict[str, Any]) -> str:
     return f"{processors}\nPython {facts['python']}, {versions}; commit {facts['commit'] or 'unknown'}"
 
 
+def latency_cases(result: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """Sort the rows of `sr-bench latency` by what was enlarged: size, batch and, if there are several, stage."""
+    scale, cases = result["model"]["scale"], dict[str, list[dict[str, Any]]]()
+    stages = {row.get("stage") for row in result["rows"]}
+    for row in result["rows"]:
+        height, width = row["size"]
+        case = f"{width}x{height} -> {width * scale}x{height * scale}"
+        if row.get("batch", 1) > 1:
+            case += f", {row['batch']} at once"
+        if len(stages) > 1:
+            case += f", stage {row['stage']}"
+        cases.setdefault(case, []).append(row)
+    return cases
+
+
 def _latency(result: dict[str, Any]) -> list[str]:
     model = result["model"]
     blocks = [
         f"{model['name']}, stage {model['stage']}: {result['repeats']} repetitions; "
         f"PyTorch's weights: {result['torch_weights']}"
     ]
-    for size in dict.fromkeys(tuple(row["size"]) for row in result["rows"]):
-        height, width = size
-        rows = [
-            [_cell(row.get(key)) for key in LATENCY_COLUMNS] for row in result["rows"] if tuple(row["size"]) == size
-        ]
-        title = f"{height}x{width} -> {height * model['scale']}x{width * model['scale']}"
+    for title, found in latency_cases(result).items():
+        rows = [[_cell(row.get(key)) for key in LATENCY_COLUMNS] for row in found]
         blocks.append(f"{title}\n{table(list(LATENCY_COLUMNS.values()), rows)}")
     if result["skipped"]:
         blocks.append("\n".join(f"skipped {item['contestant']}: {item['reason']}" for item in result["skipped"]))

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .report import figure, measured, roofline_table, tiling_table
+from .report import figure, latency_cases, measured, roofline_table, tiling_table
 from .restoration import COLUMNS as RESTORATION_COLUMNS
 
 
@@ -91,15 +91,14 @@ LATENCY_COLUMNS = {
 
 
 def _latency(result: dict[str, Any]) -> list[Table]:
-    scale = result["model"]["scale"]
     columns = {
         key: LATENCY_COLUMNS[key] for key in LATENCY_COLUMNS if any(row.get(key) is not None for row in result["rows"])
     }
     rows = []
-    for row in result["rows"]:
-        height, width = row["size"]
-        cells = ["-" if row[key] is None else f"{row[key]:.{decimals}f}" for key, (_, decimals) in columns.items()]
-        rows.append([f"{width}x{height} -> {width * scale}x{height * scale}", row["contestant"], *cells])
+    for case, found in latency_cases(result).items():
+        for row in found:
+            cells = ["-" if row[key] is None else f"{row[key]:.{decimals}f}" for key, (_, decimals) in columns.items()]
+            rows.append([case, row["contestant"], *cells])
     return [Table(["size", "contestant", *(heading for heading, _ in columns.values())], rows)]
 
 

@@ -23,7 +23,7 @@ def describe_weights(run: Path | None) -> str:
 def open_network(
     bundle: Bundle, *, run: Path | None, device: str, precision: str, compiled: bool = False, stage: str = "auto"
 ) -> Callable[[np.ndarray], np.ndarray]:
-    """Build a function (h, w, 3) uint8 -> (h*scale, w*scale, 3) uint8 that does what the deployed graph does.
+    """Build a function (h, w, 3) or (N, h, w, 3) uint8 -> the same, enlarged, that does what the deployed graph does.
 
     run: folder of sr-train that holds the weights of the bundle's stage; None: random weights.
     precision: "fp32", "fp16": half throughout, or "bf16": autocast; on channels-last tensors.
@@ -50,15 +50,17 @@ def open_network(
 
     @torch.inference_mode()
     def upscale(lr: np.ndarray) -> np.ndarray:
-        height, width = lr.shape[:2]
-        x = torch.from_numpy(lr).to(device).permute(2, 0, 1)[None].to(dtype) / 255
+        batch = lr[None] if lr.ndim == 3 else lr
+        height, width = batch.shape[1:3]
+        x = torch.from_numpy(batch).to(device).permute(0, 3, 1, 2).to(dtype) / 255
         x = F.pad(x, (0, -width % stride, 0, -height % stride), mode="replicate")
         x = x.contiguous(memory_format=layout)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16"):
             x = forward(x, scale)
         x = (x.float().clamp(0, 1) * 255).round().to(torch.uint8)
-        # (1, 3, H, W) -> (H, W, 3), without the padding
-        return np.ascontiguousarray(x[0].permute(1, 2, 0).cpu().numpy()[: height * scale, : width * scale])
+        # (N, 3, H, W) -> (N, H, W, 3), without the padding
+        large = np.ascontiguousarray(x.permute(0, 2, 3, 1).cpu().numpy()[:, : height * scale, : width * scale])
+        return large[0] if lr.ndim == 3 else large
 
     if compiled:
         try:

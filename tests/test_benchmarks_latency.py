@@ -29,7 +29,7 @@ OPENVINO = Contestant("openvino", "cpu", "fp32")
 class FakeUpscaler:
     """ONNX Runtime on the CPU alone, at scale 2."""
 
-    def __init__(self, model=None, *, backend, device, precision, stage):
+    def __init__(self, model=None, *, backend, device, precision, stage, batch):
         if precision == "fp16":
             raise BundleError("no fp16 graph")
         if (backend, device, precision) != ("onnxruntime", "cpu", "fp32"):
@@ -43,6 +43,9 @@ class FakeUpscaler:
 
     def upscale(self, image):
         return image.repeat(2, axis=0).repeat(2, axis=1)
+
+    def upscale_batch(self, images):
+        return [self.upscale(image) for image in images]
 
 
 @pytest.fixture
@@ -158,6 +161,38 @@ def test_a_plain_engine_gives_the_pixels_of_the_sdk(engine, precision):
     assert np.abs(inner[0] - inner[1]).max() <= (1 if precision == "fp32" else 3)
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["bilinear", "opencv bicubic", "onnxruntime fp32", "openvino fp32", "plain onnxruntime fp32", "plain openvino fp32",
+     "pytorch fp32"],
+)  # fmt: skip
+def test_a_batch_gives_the_pixels_of_its_pictures(name):
+    (contestant,) = (each for each in CONTESTANTS if each.name == name)
+    pictures = np.stack([draw_picture((45, 70), seed=seed) for seed in range(3)])
+    with ExitStack() as stack:
+        try:
+            run = contestants.open_contestant(contestant, Setup(model="fast-x2", batch=3), stack)
+        except BackendUnavailable as exc:
+            pytest.skip(str(exc))
+        together, alone = run(pictures), [run(picture) for picture in pictures]
+    assert together.shape == (3, 90, 140, 3)
+    # An engine may add in another order.
+    assert np.abs(together - np.stack(alone).astype(int)).max() <= 1
+
+
+def test_batches_and_stages_are_axes(fake_model, tmp_path):
+    out = tmp_path / "latency.json"
+    command = ["latency", "--size", "16x16", "--repeats", "1", "--batch", "1", "--batch", "3", "--json", str(out)]
+    result = CliRunner().invoke(main, [*command, "--stage", "96"])
+    assert result.exit_code == 0, result.output
+    rows = json.loads(out.read_text())["rows"]
+    assert [(row["stage"], row["batch"], row["contestant"]) for row in rows] == [
+        ("96", 1, "bilinear"), ("96", 1, "onnxruntime fp32"), ("96", 3, "bilinear"), ("96", 3, "onnxruntime fp32"),
+    ]  # fmt: skip
+    assert rows[2]["output_mp_per_s"] == pytest.approx(3 * 32 * 32 / 1e6 / rows[2]["median_ms"] * 1e3, rel=0.01)
+    assert "16x16 -> 32x32, 3 at once" in result.output
+
+
 def test_turns_are_interleaved():
     calls = []
     runners = {contestant: partial(calls.append, contestant.name) for contestant in (BASELINE, REFERENCE)}
@@ -253,7 +288,7 @@ def test_cli_writes_json_and_a_table(fake_model, tmp_path):
     assert all(row["peak_memory_mib"] == 12.3 for row in written["rows"])
     assert {"contestant": "openvino fp32", "reason": "no openvino here"} in written["skipped"]
     assert {"contestant": "onnxruntime fp16 cuda:0", "reason": "no fp16 graph"} in written["skipped"]
-    assert "16x24 -> 32x48" in result.stdout
+    assert "24x16 -> 48x32" in result.stdout
     assert "skipped openvino fp32: no openvino here" in result.stdout
 
 
