@@ -30,6 +30,7 @@ OPTIONAL = {
     "sdk/vips.py": {"pyvips"},
     "sdk/video": {"av"},
     "sdk/cluster.py": {"ray"},
+    "sdk/cluster_worker.py": {"ray"},
     "sdk/remote.py": {"fsspec"},
     "sdk/cli.py": {"click"},
     "sdk/serve": {"click", "fastapi", "fastapi_offline", "starlette", "pydantic", "prometheus_client", "uvicorn"},
