@@ -33,11 +33,11 @@ def photo(seed: int = 0, side: int = 20) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (side, side + 4, 3), dtype=np.uint8)
 
 
-def write_photos(folder: Path, count: int) -> list[Path]:
+def write_photos(folder: Path, count: int, *, side: int = 20) -> list[Path]:
     folder.mkdir()
     paths = [folder / f"{number:03}.png" for number in range(count)]
     for number, path in enumerate(paths):
-        Image.fromarray(photo(number)).save(path)
+        Image.fromarray(photo(number, side)).save(path)
     return paths
 
 
@@ -258,7 +258,9 @@ def worker_ids() -> list[int]:
 
 @pytest.mark.filterwarnings("ignore")  # Ray's own
 def test_a_killed_worker_loses_nothing_and_nothing_is_made_twice(ray, tmp_path):
-    sources = write_photos(tmp_path / "in", 60)
+    # Large enough that the worker is at work when it is killed.
+    side = 300
+    sources = write_photos(tmp_path / "in", 60, side=side)
     sources[7].write_bytes(b"not a picture")
     output = tmp_path / "out"
     tasks = plan_tasks([str(tmp_path / "in")], str(output))
@@ -285,7 +287,7 @@ def test_a_killed_worker_loses_nothing_and_nothing_is_made_twice(ray, tmp_path):
         for number, path in enumerate(sources):
             if number != 7:
                 result = np.asarray(Image.open(output / path.name))
-                np.testing.assert_array_equal(result, upscaler.upscale(photo(number)))
+                np.testing.assert_array_equal(result, upscaler.upscale(photo(number, side)))
     assert sorted(path.name for path in output.iterdir()) == sorted(
         [path.name for number, path in enumerate(sources) if number != 7] + [MANIFEST]
     )
