@@ -51,7 +51,8 @@ def draw_files(name: str, result: dict[str, Any]) -> dict[str, bytes]:
 
 def draw_seams_file() -> dict[str, bytes]:
     """Draw the plot of the shipped models' seams as a PNG file, by its name."""
-    return {"seams.png": as_png(draw_seams(), source=fingerprint(halo_tables()))}
+    tables = halo_tables()
+    return {"seams.png": as_png(draw_seams(tables), source=fingerprint(tables))}
 
 
 def halo_tables() -> dict[str, Any]:
@@ -194,10 +195,10 @@ PLOTS: dict[str, Callable[[dict[str, Any]], list[Figure]]] = {
 }  # fmt: skip
 
 
-def draw_seams() -> Figure:
-    """Draw the shipped models' halo tables."""
+def draw_seams(tables: dict[str, Any]) -> Figure:
+    """Draw the halo tables of models."""
     figure, (place,) = _figure(1, size=(6.5, 3.6))
-    for name, rows in halo_tables().items():
+    for name, rows in tables.items():
         steps = [row["context"] for row in rows], [row["error"] for row in rows]
         place.step(*steps, where="post", label=name, linewidth=1)
     place.axhline(1, linestyle=":", linewidth=1, color=OTHERS)

@@ -15,6 +15,7 @@ from sdk import Bundle, Upscaler
 from sdk.errors import BackendUnavailable, OptionError
 
 from . import plain
+from .contestants import Runner
 from .metrics import psnr
 from .pictures import draw_picture, fit_picture, read_picture
 from .result import model_facts, result_head
@@ -29,7 +30,6 @@ PROTOCOL = (
     "edge. Error: largest difference of a pixel from the whole result, code values of 255; off: share of the pixels "
     "with a difference above 1. Peer: a checkpoint that spandrel loads, on PyTorch in fp32."
 )
-Runner = Callable[[np.ndarray], np.ndarray]
 
 
 @dataclass(frozen=True)

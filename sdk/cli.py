@@ -10,14 +10,13 @@ import threading
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import closing
-from pathlib import Path
 from typing import Any
 
 import click
 
 from . import cluster, files, jobs, video
-from .errors import OptionError, OutputError, SRError
-from .inputs import plan_jobs
+from .errors import OptionError, SRError
+from .inputs import make_folder, plan_jobs
 from .jobs import Job
 from .upscaler import SEAMS, Upscaler
 from .version import __version__
@@ -110,7 +109,7 @@ def main(
             raise OptionError("--factor, --width and --height are for pictures; videos grow by the model's factor")
         upscaler = Upscaler(**engine)
         if folder:
-            _make_folder(folder)
+            make_folder(folder)
     except SRError as exc:
         raise click.ClickException(_printable(exc)) from exc
     except _Interrupted as exc:
@@ -229,13 +228,6 @@ def _size(width: int | None, height: int | None, factor: float | None) -> tuple[
     if factor is not None:
         raise OptionError("--factor cannot be combined with --width or --height")
     return height, width
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as exc:
-        raise OutputError(f"{folder}: a folder is needed, and it cannot be made ({exc.strerror})") from exc
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ def plan_tasks(arguments: Sequence[str], output: str, *, suffix: str | None = No
             sources += remote.expand(argument)
         else:
             sources += [os.path.abspath(path) for path in inputs.expand((argument,))[0]]
-    taken: dict[str, str] = {}
+    tasks = []
     for source in sources:
         name = remote.base_name(source) if remote.is_url(source) else os.path.basename(source)
         target = _join(output, inputs.result_name(name, suffix))
@@ -52,10 +52,10 @@ def plan_tasks(arguments: Sequence[str], output: str, *, suffix: str | None = No
             raise OutputError(f"{source}: would be replaced by its own result; name another folder with -o")
         if not remote.is_url(source) and video.is_video(Path(source)):
             raise OptionError(f"{source}: videos are not enlarged on a cluster; leave --ray out for them")
-        if target in taken:
-            raise OutputError(f"{taken[target]} and {source} would both become {target}")
-        taken[target] = source
-    return [Task(source, target) for target, source in taken.items()]
+        tasks.append(Task(source, target))
+    is_remote = remote.is_url(output)
+    inputs.refuse_twins((task.source, task.target if is_remote else Path(task.target)) for task in tasks)
+    return tasks
 
 
 def enlarge(
@@ -78,7 +78,8 @@ def enlarge(
     Bundle.load(engine.get("model")).stage(engine.get("stage", "auto"))  # before a cluster is started for it
     outcomes = {task: Outcome(task.source, task.target, "open") for task in tasks}
     there = set() if options.overwrite else _names(output)
-    _make_folder(output)
+    if not remote.is_url(output):
+        inputs.make_folder(output)
     scratch = None
     try:
         waiting = []
@@ -219,14 +220,6 @@ def _names(folder: str) -> set[str]:
         return set(os.listdir(folder)) if os.path.isdir(folder) else set()
     except OSError as exc:
         raise OutputError(f"{folder}: the folder cannot be read ({exc.strerror})") from exc
-
-
-def _make_folder(folder: str) -> None:
-    if not remote.is_url(folder):
-        try:
-            os.makedirs(folder, exist_ok=True)
-        except OSError as exc:
-            raise OutputError(f"{folder}: a folder is needed, and it cannot be made ({exc.strerror})") from exc
 
 
 def _make_scratch(folder: str) -> str:

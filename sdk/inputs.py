@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from . import files
@@ -38,14 +38,26 @@ def plan_jobs(
         if suffix and not folder:
             target = target.with_suffix(f".{suffix}")
         jobs.append(Job(source, target, target.with_name(f"{target.stem}.compare.png") if panels else None))
-    taken: dict[str, Path] = {}
-    for job in jobs:
-        for target in job.targets:
-            key = _key(target)
-            if key in taken:
-                raise OutputError(f"{taken[key]} and {job.source} would both become {target}")
-            taken[key] = job.source
+    refuse_twins((job.source, target) for job in jobs for target in job.targets)
     return jobs, folder
+
+
+def refuse_twins(results: Iterable[tuple[Path | str, Path | str]]) -> None:
+    """Take (source, result) pairs; a str is a URL. Raises: OutputError if two results are one file."""
+    taken: dict[str, Path | str] = {}
+    for source, target in results:
+        key = _key(target) if isinstance(target, Path) else target
+        if key in taken:
+            raise OutputError(f"{taken[key]} and {source} would both become {target}")
+        taken[key] = source
+
+
+def make_folder(folder: Path | str) -> None:
+    """Make a folder of results, unless it is there. Raises: OutputError."""
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as exc:
+        raise OutputError(f"{folder}: a folder is needed, and it cannot be made ({exc.strerror})") from exc
 
 
 def result_name(name: str, suffix: str | None) -> str:

@@ -59,6 +59,11 @@ class Meter:
         self._telling = threading.Lock()
         self._told = -1.0
 
+    @property
+    def is_watched(self) -> bool:
+        """Whether somebody is told; if not, what is to come need not be counted."""
+        return self._progress is not None
+
     def expect(self, tiles: int) -> bool:
         """Set how many windows there will be; False if that has been set for a whole that this is a part of."""
         if self._expected:

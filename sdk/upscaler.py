@@ -326,10 +326,11 @@ class Upscaler:
         result = image
         with _memory_errors(image.shape):
             passes = resize.count_passes(image.shape[:2], wanted, scale=self.scale)
-            windows = self.count_windows(image.shape[:2], image.dtype, tile, passes=passes)
-            is_opaque = not planes.has_alpha(image)
-            if not meter.expect(windows if is_opaque else 2 * windows) and is_opaque:
-                meter.forgo(windows)  # of a frame, whose alpha was expected to need some
+            if meter.is_watched:
+                windows = self.count_windows(image.shape[:2], image.dtype, tile, passes=passes)
+                is_opaque = not planes.has_alpha(image)
+                if not meter.expect(windows if is_opaque else 2 * windows) and is_opaque:
+                    meter.forgo(windows)  # of a frame, whose alpha was expected to need some
             for _ in range(passes):
                 result = self._pass(result, tile, meter)
             result = resize.resize(result, wanted)

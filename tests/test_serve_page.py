@@ -66,6 +66,11 @@ def picture(image: np.ndarray, name: str = "my picture.png") -> dict[str, object
     return {"name": name, "mimeType": "image/png", "buffer": encoded(image)}
 
 
+def send(page, chosen: dict[str, object]) -> None:
+    page.locator("#file").set_input_files(chosen)
+    page.get_by_role("button", name="Enlarge").click()
+
+
 def finish(page) -> None:
     page.wait_for_selector("#result:not([hidden])")
     playwright.expect(page.locator("#status")).to_have_text("Done.")
@@ -90,8 +95,7 @@ def test_a_picture_is_chosen_enlarged_compared_and_downloaded(open_page):
 def test_the_slider_shows_what_it_says(open_page):
     page, _ = open_page()
     black, white = np.zeros((100, 200, 3), np.uint8), np.full((100, 200, 3), 255, np.uint8)
-    page.locator("#file").set_input_files(picture(black))
-    page.get_by_role("button", name="Enlarge").click()
+    send(page, picture(black))
     finish(page)
     # What was sent is black; a white one in its place shows where it is seen.
     page.evaluate("data => { document.getElementById('before').src = data }", _data_url(white))
@@ -126,8 +130,7 @@ def _white_share(page) -> float:
 
 def test_zoom_keeps_the_middle_and_says_how_much(open_page):
     page, _ = open_page()
-    page.locator("#file").set_input_files(picture(photo(300, 500)))
-    page.get_by_role("button", name="Enlarge").click()
+    send(page, picture(photo(300, 500)))
     finish(page)
     fit = page.locator("#pictures").bounding_box()["width"]
     assert page.locator("#zoom").inner_text() == f"{round(fit / 10)} %"
@@ -190,8 +193,7 @@ def test_a_picture_may_be_dropped_or_pasted(open_page):
 def test_progress_is_seen_and_can_be_cancelled(open_page, monkeypatch):
     slow = Slow(monkeypatch)
     page, server = open_page()
-    page.locator("#file").set_input_files(picture(photo()))
-    page.get_by_role("button", name="Enlarge").click()
+    send(page, picture(photo()))
     playwright.expect(page.locator("#status")).to_have_text("Enlarging…")
     playwright.expect(page.locator("#share")).to_have_text("50 %")
     assert page.get_by_role("progressbar").get_attribute("value") == "0.5"
@@ -208,8 +210,7 @@ def test_progress_is_seen_and_can_be_cancelled(open_page, monkeypatch):
 def test_leaving_the_page_stops_the_work(open_page, monkeypatch):
     slow = Slow(monkeypatch)
     page, server = open_page()
-    page.locator("#file").set_input_files(picture(photo()))
-    page.get_by_role("button", name="Enlarge").click()
+    send(page, picture(photo()))
     playwright.expect(page.locator("#status")).to_have_text("Enlarging…")
     page.goto("about:blank")
     assert slow.ended.wait(serving.WAIT_S)
@@ -225,8 +226,7 @@ def test_what_goes_wrong_is_told(open_page):
     page.locator("#file").set_input_files({"name": "b.png", "mimeType": "image/png", "buffer": bytes(3 << 20)})
     page.get_by_role("button", name="Enlarge").click()
     playwright.expect(error).to_have_text(re.compile("more than 1048576 bytes|has refused the picture"))
-    page.locator("#file").set_input_files(picture(photo()))
-    page.get_by_role("button", name="Enlarge").click()
+    send(page, picture(photo()))
     finish(page)
     playwright.expect(error).to_have_text("")
 
@@ -237,8 +237,7 @@ def test_a_server_with_keys_asks_for_one(open_page):
     page.get_by_label("API key").fill("open sesame")
     page.keyboard.press("Tab")
     playwright.expect(page.locator("#model option")).to_have_count(2)
-    page.locator("#file").set_input_files(picture(photo()))
-    page.get_by_role("button", name="Enlarge").click()
+    send(page, picture(photo()))
     finish(page)
 
 
@@ -289,8 +288,7 @@ def test_formats_that_the_browser_does_not_show_can_be_downloaded(open_page):
 
 def test_it_fits_a_phone(open_page):
     page, _ = open_page(viewport=(360, 640))
-    page.locator("#file").set_input_files(picture(photo(300, 500)))
-    page.get_by_role("button", name="Enlarge").click()
+    send(page, picture(photo(300, 500)))
     finish(page)
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
     for role, name in (

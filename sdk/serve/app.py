@@ -113,7 +113,7 @@ def _pictures(server: Server) -> APIRouter:
         server.models.check(order)
         source = await _received(request, server, needs_place=True)
         try:
-            give_back = server.desk.take_place()
+            server.desk.take_place()
         except Failure:
             source.unlink()
             raise
@@ -121,12 +121,14 @@ def _pictures(server: Server) -> APIRouter:
             watch = Watch(server.options.request_s, advice=JOBS_ADVICE)
             target = await wait(request, server.desk.submit(order, source, watch), watch)
         except BaseException:
-            give_back()
+            server.desk.give_back()
             raise
         if target is None:
-            give_back()
+            server.desk.give_back()
             return Response(status_code=CLOSED)
-        return ResultResponse(target, media_type=order.media_type, limit_s=server.options.transfer_s, after=give_back)
+        return ResultResponse(
+            target, media_type=order.media_type, limit_s=server.options.transfer_s, after=server.desk.give_back
+        )
 
     @router.get("/v1/models")
     async def models() -> list[ModelFacts]:
@@ -138,13 +140,10 @@ def _pictures(server: Server) -> APIRouter:
 
 async def _received(request: Request, server: Server, *, needs_place: bool) -> Path:
     """Let a picture come in, and give its file. Raises: Failure."""
-    end = server.desk.begin_receiving(needs_place=needs_place)
-    try:
+    with server.desk.receive(needs_place=needs_place):
         source = server.models.new_file("source")
         await receive(request, source, limit_s=server.options.transfer_s)
         return source
-    finally:
-        end()
 
 
 def _jobs(server: Server) -> APIRouter:

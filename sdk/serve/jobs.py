@@ -135,15 +135,15 @@ class JobRunner:
             result = self._models.enlarge(order, source, watch)
             self._store.finish(name, result)
             return None
-        except (Stopped, Failure) as exc:
-            if isinstance(exc, Stopped):
-                raise
+        except Stopped:
+            raise
+        except Failure as exc:
             return exc
         except NoRoom:
             return Failure(507, "the store of jobs has no room for the result: fetch and remove some")
         except (sqlite3.Error, OSError) as exc:
             return Failure(507, f"the server has no room for it ({exc})")
-        except Exception:
+        except Exception:  # a mistake of ours is this job's end, not the thread's
             LOG.exception("job %s", name)
             return Failure(500, "the server made a mistake; its log tells more")
         finally:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import secrets
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .. import jobs
 from ..bundle import Bundle
@@ -16,9 +16,6 @@ from ..errors import BackendUnavailable, ImageError, OptionError, OutOfMemory, O
 from ..stats import Stats
 from ..upscaler import Upscaler
 from .orders import Failure, Order, Stopped, Watch
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 AVIF_TIMES = 8  # as long as others, at least
 

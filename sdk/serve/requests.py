@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 from .models import Models
@@ -33,8 +34,9 @@ class Desk:
         self._working: set[Watch] = set()
         self.taken = self.receiving = 0
 
-    def begin_receiving(self, *, needs_place: bool) -> Callable[[], None]:
-        """Let a picture come in; give what ends that.
+    @contextmanager
+    def receive(self, *, needs_place: bool) -> Iterator[None]:
+        """Let a picture come in.
 
         needs_place: for a request that is answered at once, not for a job.
         Raises: Failure if there is no place, or too many come in.
@@ -44,27 +46,23 @@ class Desk:
             if is_full or self.receiving >= RECEIVING * self._places:
                 raise self._busy()
             self.receiving += 1
-        return self._once("receiving")
+        try:
+            yield
+        finally:
+            with self._lock:
+                self.receiving -= 1
 
-    def take_place(self) -> Callable[[], None]:
-        """Hold a place for a request; give what gives it back. Raises: Failure with when to come again."""
+    def take_place(self) -> None:
+        """Hold a place for a request, until `give_back`. Raises: Failure with when to come again."""
         with self._lock:
             if self.taken >= self._places:
                 raise self._busy()
             self.taken += 1
-        return self._once("taken")
 
-    def _once(self, count: str) -> Callable[[], None]:
-        """Give what lowers a count, the first time that it is called."""
-        given_back = threading.Event()
-
-        def give_back() -> None:
-            with self._lock:
-                if not given_back.is_set():
-                    given_back.set()
-                    setattr(self, count, getattr(self, count) - 1)
-
-        return give_back
+    def give_back(self) -> None:
+        """Give a place back."""
+        with self._lock:
+            self.taken -= 1
 
     def _busy(self) -> Failure:
         wait_s = min(MAX_RETRY_S, math.ceil(self._mean_s * self._places / self._workers))

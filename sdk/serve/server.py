@@ -78,7 +78,7 @@ class Server:
             self.warmed.set()
         except SRError as exc:
             self._on_failure(exc)
-        except Exception as exc:
+        except Exception as exc:  # a mistake of ours; else /readyz would say for ever that the model is being opened
             LOG.exception("the default model")
             self._on_failure(BackendError(f"the default model cannot be opened: {exc}"))
 
