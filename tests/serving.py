@@ -6,7 +6,6 @@ import io
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -25,6 +24,7 @@ from PIL import Image
 from sdk.errors import SRError
 from sdk.serve import models as serve_models
 from sdk.serve.app import build_app
+from sdk.serve.cli import listen
 from sdk.serve.connections import protocol
 from sdk.serve.options import Options
 from sdk.serve.server import Server
@@ -45,7 +45,7 @@ def make_server(state: Path, **options: object) -> Server:
 @contextmanager
 def running(server: Server, *, port: int = 0) -> Iterator[str]:
     """Run a server in a thread; give its address when it is ready."""
-    with socket.create_server(("127.0.0.1", port)) as listener:
+    with listen("127.0.0.1", port) as listener:
         config = uvicorn.Config(
             build_app(server), http=protocol(100), log_level="warning", lifespan="on", timeout_graceful_shutdown=5
         )

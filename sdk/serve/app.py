@@ -127,7 +127,7 @@ def _pictures(server: Server) -> APIRouter:
             server.desk.give_back()
             return Response(status_code=CLOSED)
         return ResultResponse(
-            target, media_type=order.media_type, limit_s=server.options.transfer_s, after=server.desk.give_back
+            target, media_type=order.media_type, limit_s=server.options.transfer_s, before_end=server.desk.give_back
         )
 
     @router.get("/v1/models")

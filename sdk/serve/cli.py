@@ -77,7 +77,7 @@ def main(host: str, port: int, state: Path | None, api_keys: Path | None, **opti
         if missing:
             raise BackendUnavailable(f"sr-serve needs {', '.join(missing)}: pip install 'sr-sdk[serve]'")
         keys = _read_keys(api_keys) if api_keys else ()
-        listener = _listen(host, port)
+        listener = listen(host, port)
         if not keys and not _is_loopback(listener):
             logging.warning("whoever reaches this machine may use the server: --api-keys FILE lets only some")
         failure = _run(listener, state or _state_folder(), Options(**options, keys=keys))
@@ -133,10 +133,11 @@ def _run(listener: socket.socket, state: Path, options: Options) -> SRError | No
     return failures[0] if failures else None
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int) -> socket.socket:
     """Take a port. Raises: OutputError if it is taken, or the address is not of this machine."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        # Told the protocol, so that asyncio sends small answers at once, and not with the next acknowledgement.
         listener = socket.socket(family, kind, protocol)
         if os.name == "posix":
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -12,7 +12,7 @@ from fastapi import Request
 from starlette.datastructures import UploadFile
 from starlette.requests import ClientDisconnect
 from starlette.responses import FileResponse
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from .orders import Failure, Stopped, Watch
 from .requests import discard
@@ -103,19 +103,32 @@ async def _disconnected(request: Request) -> None:
 class ResultResponse(FileResponse):
     """A result that is sent once; then, or if it cannot be within a time, its file is removed.
 
-    limit_s: to send it. after: called at the end.
+    limit_s: to send it. before_end: called once, before the last piece is sent or when none more is: a client that has
+    all of it may find what is freed.
     """
 
-    def __init__(self, path: Path, *, media_type: str, limit_s: float, after: Callable[[], None]):
+    def __init__(self, path: Path, *, media_type: str, limit_s: float, before_end: Callable[[], None]):
         super().__init__(path, media_type=media_type)
-        self._limit_s, self._after = limit_s, after
+        self._limit_s, self._before_end = limit_s, before_end
+        self._is_at_end = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send it."""
+
+        async def send_piece(message: Message) -> None:
+            if message["type"] == "http.response.body" and not message.get("more_body"):
+                self._end()
+            await send(message)
+
         try:
-            await asyncio.wait_for(super().__call__(scope, receive, send), self._limit_s)
+            await asyncio.wait_for(super().__call__(scope, receive, send_piece), self._limit_s)
         except asyncio.TimeoutError:
             pass  # the client reads too slowly; the connection is closed with what is missing
         finally:
             Path(self.path).unlink(missing_ok=True)
-            self._after()
+            self._end()
+
+    def _end(self) -> None:
+        if not self._is_at_end:
+            self._is_at_end = True
+            self._before_end()
