@@ -15,6 +15,7 @@ from sdk.backends import MODULES
 from sdk.errors import BackendError, BackendUnavailable, BundleError, OptionError
 
 from . import plain, torch_eager
+from .bilinear import bilinear_bundle
 from .cores import has_strays
 from .pictures import BICUBIC, BILINEAR, LANCZOS, enlarge
 
@@ -24,7 +25,7 @@ Runner = Callable[[np.ndarray], np.ndarray]
 
 @dataclass(frozen=True)
 class Contestant:
-    """engine: a backend of the SDK, or one of OTHERS."""
+    """engine: a backend of the SDK, THROUGH and a backend for interpolation on it, or one of OTHERS."""
 
     engine: str
     device: str
@@ -51,6 +52,7 @@ class Setup:
     batch: int | None = None
 
 
+THROUGH = "bilinear through "
 BASELINE = Contestant("bilinear", "cpu", "uint8")
 REFERENCE = Contestant("onnxruntime", "cpu", "fp32")
 EAGER = Contestant("pytorch", "cpu", "fp32")
@@ -61,6 +63,10 @@ CONTESTANTS = (
     Contestant("opencv bilinear", "cpu", "uint8"),
     Contestant("opencv bicubic", "cpu", "uint8"),
     Contestant("opencv lanczos", "cpu", "uint8"),
+    Contestant(f"{THROUGH}onnxruntime", "cpu", "fp32"),
+    Contestant(f"{THROUGH}openvino", "cpu", "fp32"),
+    Contestant(f"{THROUGH}tensorrt", "cuda:0", "fp16"),
+    Contestant(f"{THROUGH}onnxruntime", "cuda:0", "fp16"),
     REFERENCE,
     Contestant("openvino", "cpu", "fp32"),
     Contestant("openvino", "cpu", "bf16"),
@@ -112,10 +118,14 @@ def open_contestant(contestant: Contestant, setup: Setup, stack: ExitStack) -> R
 
     Raises: BackendUnavailable if it cannot run here, another SRError for a model or run that is not right.
     """
-    if contestant.engine in MODULES:
+    backend = contestant.engine.removeprefix(THROUGH)
+    if backend in MODULES:
+        model: str | Path | None = setup.model
+        if backend != contestant.engine:
+            model = stack.enter_context(bilinear_bundle(Bundle.load(setup.model).manifest.scale))
         upscaler = Upscaler(
-            setup.model, backend=contestant.engine, device=contestant.device, precision=contestant.precision,
-            stage=setup.stage, batch=setup.batch or "auto",
+            model, backend=backend, device=contestant.device, precision=contestant.precision,
+            stage=setup.stage if model == setup.model else "auto", batch=setup.batch or "auto",
         )  # fmt: skip
         runner = _sdk(stack.enter_context(upscaler))
     else:

@@ -26,6 +26,7 @@ from .contestants import (
     open_contestant,
     open_contestants,
 )
+from .device_memory import watch_device
 from .energy import energy_joules
 from .memory import measure_peak_mib
 from .metrics import psnr
@@ -36,12 +37,13 @@ from .timing import Timing, summarise, take_turns
 PROTOCOL = (
     "From a uint8 array to a uint8 array in memory. All contestants take turns in one process; a turn is a pause of "
     "50 ms, an untimed run and a timed run. Five runs each before the first turn. Percentiles: linear between "
-    "samples. Bilinear, bicubic, lanczos: Pillow's, or OpenCV's. Plain: the engine's own API on the whole picture, "
-    "ONNX Runtime with default options, OpenVINO compiled for the shape; PyTorch on channels-last tensors, bf16 by "
-    "autocast, compiled for the shape where it says so. Peak memory: resident, of a process of its own that does the "
-    "same work twice, interpreter and libraries included, graphics memory not. Energy: of the processor's packages "
-    "(RAPL) over a second of such runs, divided by their number, where it can be read. PSNR: of the engine's result "
-    "against ONNX Runtime's in fp32, RGB."
+    "samples. Bilinear, bicubic, lanczos: Pillow's, or OpenCV's; bilinear through an engine: a model of one Resize, "
+    "run by the SDK as the networks are. Plain: the engine's own API on the whole picture, ONNX Runtime with default "
+    "options, OpenVINO compiled for the shape; PyTorch on channels-last tensors, bf16 by autocast, compiled for the "
+    "shape where it says so. Peak memory: resident, of a process of its own that does the same work twice, interpreter "
+    "and libraries included; of a GPU's memory, by how much less was free meanwhile than before. Energy: of the "
+    "processor's packages (RAPL) over a second of such runs, divided by their number, where it can be read. PSNR: of "
+    "the engine's result against ONNX Runtime's in fp32, RGB."
 )
 
 
@@ -61,6 +63,14 @@ class Settings:
     stages: tuple[str, ...] = ()
     contestants: tuple[str, ...] = ()
     picture: Path | None = None
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Peaks in MiB: of the process, and of what it takes on a GPU; None on a CPU or where it cannot be read."""
+
+    peak_memory_mib: float
+    peak_device_mib: float | None
 
 
 def run_latency(settings: Settings, *, progress: Callable[[str], None] = lambda news: None) -> dict[str, Any]:
@@ -117,9 +127,9 @@ def _measure(
             psnr_db = compare_results(able, lr)
             energy_j = {contestant: energy_joules(turn) for contestant, turn in turns.items()}
             progress(f"{what}: peak memory")
-            memory_mib = {contestant: measure_peak_mib(_work, contestant, setup, lr.shape) for contestant in able}
+            memory = {contestant: measure_memory(contestant, setup, lr.shape) for contestant in able}
             about = {"stage": setup.stage, "batch": batch}
-            found = make_rows(timings, memory_mib, psnr_db, energy_j, size=size, scale=scale, batch=batch)
+            found = make_rows(timings, memory, psnr_db, energy_j, size=size, scale=scale, batch=batch)
             rows += [about | row for row in found]
     return rows, skipped
 
@@ -154,7 +164,7 @@ def compare_results(runners: Mapping[Contestant, Runner], lr: np.ndarray) -> dic
 
 def make_rows(
     timings: Mapping[Contestant, Timing],
-    memory_mib: Mapping[Contestant, float],
+    memory: Mapping[Contestant, Memory],
     psnr_db: Mapping[Contestant, float],
     energy_j: Mapping[Contestant, float | None],
     *,
@@ -178,11 +188,17 @@ def make_rows(
             "speedup_over_onnxruntime_fp32": reference_ms and round(reference_ms / timing.median_ms, 3),
             "speedup_over_pytorch_fp32": eager_ms and round(eager_ms / timing.median_ms, 3),
             "psnr_to_onnxruntime_fp32_db": round(psnr_db[contestant], 2) if contestant in psnr_db else None,
-            "peak_memory_mib": round(memory_mib[contestant], 1),
+            **{key: value and round(value, 1) for key, value in asdict(memory[contestant]).items()},
             "energy_j": (found := energy_j.get(contestant)) and round(found, 4),
         }
         for contestant, timing in timings.items()
     ]
+
+
+def measure_memory(contestant: Contestant, setup: Setup, shape: tuple[int, ...]) -> Memory:
+    """Have a process of its own do what a contestant is timed for. Raises: as measure_peak_mib."""
+    with watch_device(contestant.device) as device_mib:
+        return Memory(measure_peak_mib(_work, contestant, setup, shape), device_mib())
 
 
 def _work(contestant: Contestant, setup: Setup, shape: tuple[int, ...]) -> None:

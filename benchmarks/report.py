@@ -7,20 +7,21 @@ from typing import Any
 
 from .lpips_like import LABEL
 
+# Heading and decimals of each figure; those that no row has are left out.
 LATENCY_COLUMNS = {
-    "contestant": "contestant",
-    "median_ms": "median ms",
-    "p95_ms": "p95 ms",
-    "p99_ms": "p99 ms",
-    "min_ms": "min ms",
-    "max_ms": "max ms",
-    "output_mp_per_s": "output MP/s",
-    "times_bilinear": "x bilinear",
-    "speedup_over_onnxruntime_fp32": "speed-up over ORT fp32",
-    "speedup_over_pytorch_fp32": "over PyTorch fp32",
-    "psnr_to_onnxruntime_fp32_db": "PSNR dB to ORT fp32",
-    "peak_memory_mib": "peak MiB",
-    "energy_j": "J",
+    "median_ms": ("median ms", 1),
+    "p95_ms": ("p95 ms", 1),
+    "p99_ms": ("p99 ms", 1),
+    "min_ms": ("min ms", 1),
+    "max_ms": ("max ms", 1),
+    "output_mp_per_s": ("output MP/s", 1),
+    "times_bilinear": ("x bilinear", 1),
+    "speedup_over_onnxruntime_fp32": ("x ORT fp32", 2),
+    "speedup_over_pytorch_fp32": ("x PyTorch fp32", 2),
+    "psnr_to_onnxruntime_fp32_db": ("dB to ORT fp32", 1),
+    "peak_memory_mib": ("peak MiB", 0),
+    "peak_device_mib": ("GPU MiB", 0),
+    "energy_j": ("J", 2),
 }
 ROOFLINE_COLUMNS = {
     "median_ms": ("median ms", 2),
@@ -95,15 +96,36 @@ def latency_cases(result: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
     return cases
 
 
+def latency_table(
+    result: dict[str, Any], *, leave_out: Sequence[str] = ()
+) -> tuple[list[str], dict[str, list[list[str]]]]:
+    """Give headings, and for each case of `sr-bench latency` the cells, a row for each contestant."""
+    columns = {
+        key: column
+        for key, column in LATENCY_COLUMNS.items()
+        if key not in leave_out and any(row.get(key) is not None for row in result["rows"])
+    }
+    cases = {
+        case: [
+            [
+                row["contestant"],
+                *(figure(row.get(key), decimals, missing="-") for key, (_, decimals) in columns.items()),
+            ]
+            for row in rows
+        ]
+        for case, rows in latency_cases(result).items()
+    }
+    return ["contestant", *(heading for heading, _ in columns.values())], cases
+
+
 def _latency(result: dict[str, Any]) -> list[str]:
     model = result["model"]
     blocks = [
         f"{model['name']}, stage {model['stage']}: {result['repeats']} repetitions; "
         f"PyTorch's weights: {result['torch_weights']}"
     ]
-    for title, found in latency_cases(result).items():
-        rows = [[_cell(row.get(key)) for key in LATENCY_COLUMNS] for row in found]
-        blocks.append(f"{title}\n{table(list(LATENCY_COLUMNS.values()), rows)}")
+    headings, cases = latency_table(result)
+    blocks += [f"{title}\n{table(headings, rows)}" for title, rows in cases.items()]
     if result["skipped"]:
         blocks.append("\n".join(f"skipped {item['contestant']}: {item['reason']}" for item in result["skipped"]))
     return blocks
@@ -212,9 +234,3 @@ def _text(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return "/".join(f"{item:.0f}" for item in value)
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.2f}" if isinstance(value, float) else str(value)

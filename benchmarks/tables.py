@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .report import figure, latency_cases, measured, roofline_table, tiling_table
+from .report import figure, latency_table, measured, roofline_table, tiling_table
 from .restoration import COLUMNS as RESTORATION_COLUMNS
 
 
@@ -76,30 +76,9 @@ def _quality_at(scale: int, result: dict[str, Any]) -> Table:
 QUALITY_COLUMNS = {"psnr_y_db": ("PSNR-Y", 2), "ssim_y": ("SSIM-Y", 4), "lpips_like": ("LPIPS-like", 4)}
 
 
-# Heading and decimals of each figure; those that no row has are left out.
-LATENCY_COLUMNS = {
-    "median_ms": ("median ms", 1),
-    "p95_ms": ("p95 ms", 1),
-    "output_mp_per_s": ("output MP/s", 1),
-    "times_bilinear": ("x bilinear", 1),
-    "speedup_over_onnxruntime_fp32": ("x ORT fp32", 2),
-    "speedup_over_pytorch_fp32": ("x PyTorch fp32", 2),
-    "psnr_to_onnxruntime_fp32_db": ("dB to ORT fp32", 1),
-    "peak_memory_mib": ("peak MiB", 0),
-    "energy_j": ("J", 2),
-}
-
-
 def _latency(result: dict[str, Any]) -> list[Table]:
-    columns = {
-        key: LATENCY_COLUMNS[key] for key in LATENCY_COLUMNS if any(row.get(key) is not None for row in result["rows"])
-    }
-    rows = []
-    for case, found in latency_cases(result).items():
-        for row in found:
-            cells = ["-" if row[key] is None else f"{row[key]:.{decimals}f}" for key, (_, decimals) in columns.items()]
-            rows.append([case, row["contestant"], *cells])
-    return [Table(["size", "contestant", *(heading for heading, _ in columns.values())], rows)]
+    headings, cases = latency_table(result, leave_out=("p99_ms", "min_ms", "max_ms"))
+    return [Table(["size", *headings], [[case, *cells] for case, rows in cases.items() for cells in rows])]
 
 
 def _runtime(result: dict[str, Any]) -> list[Table]:

@@ -3,7 +3,8 @@ from __future__ import annotations
 import json
 import os
 import sys
-from contextlib import ExitStack
+import threading
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from types import SimpleNamespace
 
@@ -11,16 +12,18 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from benchmarks import cli, contestants, cores, latency, torch_eager
+from benchmarks import cli, contestants, cores, device_memory, latency, torch_eager
+from benchmarks.bilinear import bilinear_bundle
 from benchmarks.cli import main
 from benchmarks.contestants import BASELINE, CONTESTANTS, EAGER, REFERENCE, Contestant, Setup
+from benchmarks.latency import Memory
 from benchmarks.machine import machine_facts
 from benchmarks.memory import measure_peak_mib
-from benchmarks.pictures import draw_picture
+from benchmarks.pictures import BILINEAR, draw_picture, enlarge
 from benchmarks.report import table
 from benchmarks.result import result_head
 from benchmarks.timing import WARM_UPS, Timing, summarise, take_turns
-from sdk import BackendUnavailable, BundleError, OptionError, SRError, bundle
+from sdk import BackendUnavailable, BundleError, OptionError, SRError, Upscaler, bundle
 
 SHIPPED = bundle.MODELS_DIR / bundle.DEFAULT_MODEL / bundle.MANIFEST
 OPENVINO = Contestant("openvino", "cpu", "fp32")
@@ -78,7 +81,12 @@ def test_rows_hold_throughput_and_ratios():
         EAGER: Timing(80, 80, 80, 80, 80),
     }
     rows = latency.make_rows(
-        timings, dict.fromkeys(timings, 100.04), {OPENVINO: 52.567}, {OPENVINO: 1.23456}, size=(250, 500), scale=2
+        timings,
+        dict.fromkeys(timings, Memory(100.04, None)),
+        {OPENVINO: 52.567},
+        {OPENVINO: 1.23456},
+        size=(250, 500),
+        scale=2,
     )
     assert rows[2] == {
         "size": [250, 500],
@@ -97,6 +105,7 @@ def test_rows_hold_throughput_and_ratios():
         "speedup_over_pytorch_fp32": 8,
         "psnr_to_onnxruntime_fp32_db": 52.57,
         "peak_memory_mib": 100.0,
+        "peak_device_mib": None,
         "energy_j": 1.2346,
     }
     assert rows[0]["energy_j"] is None
@@ -105,7 +114,7 @@ def test_rows_hold_throughput_and_ratios():
 
 def test_rows_without_the_reference_have_no_speedup():
     timings = {BASELINE: Timing(2, 2, 2, 2, 2), OPENVINO: Timing(10, 11, 12, 9, 12)}
-    rows = latency.make_rows(timings, dict.fromkeys(timings, 1.0), {}, {}, size=(16, 16), scale=2)
+    rows = latency.make_rows(timings, dict.fromkeys(timings, Memory(1.0, None)), {}, {}, size=(16, 16), scale=2)
     for key in ("speedup_over_onnxruntime_fp32", "speedup_over_pytorch_fp32", "psnr_to_onnxruntime_fp32_db"):
         assert [row[key] for row in rows] == [None, None]
 
@@ -123,6 +132,70 @@ def test_contestants_are_chosen_by_name_beside_the_baseline():
     )  # fmt: skip
     result = CliRunner().invoke(main, ["latency", "--contestant", "opencv"])
     assert result.exit_code == 1 and "no contestant is called 'opencv'; there are bilinear, bicubic" in result.stderr
+
+
+@pytest.mark.parametrize("scale", [1, 2, 3, 4])
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_bilinear_through_an_engine_is_bilinear(backend, scale):
+    pytest.importorskip(backend)
+    pytest.importorskip("onnx")
+    lr = draw_picture((70, 90))
+    expected = enlarge(lr, scale, resample=BILINEAR).astype(int)
+    with bilinear_bundle(scale) as folder, Upscaler(folder, backend=backend, device="cpu", precision="fp32") as made:
+        for tile in (None, 32):
+            assert np.abs(made.upscale(lr, tile=tile) - expected).max() <= 1
+    assert not folder.exists()
+
+
+def test_bilinear_in_half_precision_is_bilinear():
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnx")
+    lr = draw_picture((70, 90))
+    with bilinear_bundle(2) as folder:
+        session = onnxruntime.InferenceSession(folder / "main.fp16.uint8.onnx", providers=["CPUExecutionProvider"])
+        result = session.run(None, {"picture": lr[None]})[0][0]
+    assert np.abs(result - enlarge(lr, 2, resample=BILINEAR).astype(int)).max() <= 1
+
+
+def test_bilinear_through_an_engine_is_a_contestant(fake_model):
+    with ExitStack() as stack:
+        runner = contestants.open_contestant(Contestant("bilinear through onnxruntime", "cpu", "fp32"), Setup(), stack)
+        assert runner(np.zeros((4, 5, 3), np.uint8)).shape == (8, 10, 3)
+
+
+class FakeGpu:
+    """Has less free memory each time but the last."""
+
+    def __init__(self):
+        self.left = [900, 500, 700]
+        self.looked = threading.Event()
+
+    def current(self):
+        return nullcontext()
+
+    def free_bytes(self):
+        if len(self.left) == 1:
+            self.looked.set()
+            return self.left[0] << 20
+        return self.left.pop(0) << 20
+
+
+def test_device_memory_is_what_is_gone_at_the_worst(monkeypatch):
+    gpu = FakeGpu()
+    monkeypatch.setattr(device_memory, "open_device", lambda index: gpu)
+    with device_memory.watch_device("cuda:1") as taken_mib:
+        assert gpu.looked.wait(60)
+    assert taken_mib() == 400
+
+
+def test_device_memory_is_not_told_where_it_cannot_be_read(monkeypatch):
+    def fail(index):
+        raise BackendUnavailable("no library")
+
+    monkeypatch.setattr(device_memory, "open_device", fail)
+    for device in ("cpu", "cuda:0"):
+        with device_memory.watch_device(device) as taken_mib:
+            assert taken_mib() is None
 
 
 @pytest.mark.parametrize("name", ["bicubic", "lanczos", "opencv bilinear", "opencv lanczos"])
