@@ -189,16 +189,22 @@ def serve(json_path: Path | None, **options: Any) -> None:
 
 
 @main.command()
-@click.option("--model", help="Bundle folder or shipped model. Default: the shipped one.")
+@click.option("--model", "models", multiple=True, help="Bundle folder or shipped model; may be repeated.")
 @click.option("--size", type=Size(), metavar="HxW", default=(768, 1024), help="LR input. Default: 768x1024.")
 @click.option("--tile", type=click.IntRange(16), default=256, show_default=True, help="Side of a tile, LR pixels.")
 @click.option("--repeats", type=click.IntRange(1), default=5, show_default=True, help="Timed runs of each way.")
 @click.option("--picture", type=click.Path(path_type=Path), help="Make the input of this file. Default: a drawn one.")
-@click.option("--peer", type=click.Path(path_type=Path), help="A checkpoint for spandrel (extra peers), cut their way.")
+@click.option(
+    "--peer",
+    "peers",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    help="A checkpoint for spandrel (extra peers), cut their way; may be repeated.",
+)
 @json_option
-def tiling(json_path: Path | None, **options: Any) -> None:
+def tiling(json_path: Path | None, models: tuple[str, ...], **options: Any) -> None:
     """Hold the SDK's tiles, and tiles with 10 px around them as other tools cut them, against the untiled result."""
-    settings = tiling_module.Settings(**options)
+    settings = tiling_module.Settings(models=models or (None,), **options)
     _report(lambda: tiling_module.run_tiling(settings, progress=_tell), json_path)
 
 

@@ -36,15 +36,16 @@ PROTOCOL = (
 class Settings:
     """What is cut. size: of the LR picture, (height, width); picture: file that it is made from, None: a drawn one.
 
-    tile: side in LR pixels. peer: checkpoint for spandrel, tiled the other way only.
+    models: bundles; None is the shipped one. tile: side in LR pixels. peers: checkpoints for spandrel, tiled the other
+    way only.
     """
 
-    model: str | None = None
+    models: tuple[str | None, ...] = (None,)
     size: tuple[int, int] = (768, 1024)
     tile: int = 256
     repeats: int = 5
     picture: Path | None = None
-    peer: Path | None = None
+    peers: tuple[Path, ...] = ()
 
 
 def run_tiling(settings: Settings, *, progress: Callable[[str], None] = lambda news: None) -> dict[str, Any]:
@@ -53,34 +54,43 @@ def run_tiling(settings: Settings, *, progress: Callable[[str], None] = lambda n
     Returns: the JSON form: facts, and one row for each network and way.
     Raises: BackendUnavailable without OpenVINO, or spandrel for a peer; OptionError for a peer that it cannot load.
     """
-    bundle = Bundle.load(settings.model)
+    bundles = [Bundle.load(model) for model in settings.models]
     head = result_head("tiling", protocol=PROTOCOL.format(pad=PAD)) | {
-        "model": model_facts(bundle), "size": list(settings.size), "tile": settings.tile, "repeats": settings.repeats,
+        "models": [model_facts(bundle) for bundle in bundles],
+        "size": list(settings.size),
+        "tile": settings.tile,
+        "repeats": settings.repeats,
         "picture": "drawn" if settings.picture is None else settings.picture.name,
-    }  # fmt: skip
+    }
     if settings.picture is None:
         lr = draw_picture(settings.size)
     else:
         lr = fit_picture(read_picture(settings.picture), settings.size)
     rows: list[dict[str, Any]] = []
-    with ExitStack() as stack:
-        whole = plain.open_openvino(bundle, precision="fp32")
-        turns = {"whole": whole}
-        for seams in ("exact", "fast"):
-            upscaler = stack.enter_context(Upscaler(settings.model, backend="openvino", precision="fp32", seams=seams))
-            halo = upscaler.info["halo"]
-            if seams == "exact":
-                turns["SDK, as it cuts by itself"] = upscaler.upscale
-            turns[f"SDK, {seams}, halo {halo} px"] = partial(upscaler.upscale, tile=settings.tile)
-        turns[f"{PAD} px around"] = partial(tile_padded, run=whole, tile=settings.tile, scale=bundle.manifest.scale)
-        progress(f"{bundle.manifest.name}: {', '.join(turns)}")
-        rows += _rows(bundle.manifest.name, turns, lr, settings, scale=bundle.manifest.scale)
-    if settings.peer:
-        run, scale = open_peer(settings.peer)
-        progress(f"{settings.peer.name}")
+    for bundle in bundles:
+        progress(bundle.manifest.name)
+        with ExitStack() as stack:
+            turns = _open_model(bundle, settings.tile, stack)
+            rows += _rows(bundle.manifest.name, turns, lr, settings, scale=bundle.manifest.scale)
+    for peer in settings.peers:
+        run, scale = open_peer(peer)
+        progress(peer.name)
         turns = {"whole": run, f"{PAD} px around": partial(tile_padded, run=run, tile=settings.tile, scale=scale)}
-        rows += _rows(settings.peer.name, turns, lr, settings, scale=scale)
+        rows += _rows(peer.name, turns, lr, settings, scale=scale)
     return head | {"rows": rows}
+
+
+def _open_model(bundle: Bundle, tile: int, stack: ExitStack) -> dict[str, Runner]:
+    """Make every way of cutting ready for a bundle; `stack` closes them."""
+    whole = plain.open_openvino(bundle, precision="fp32")
+    turns: dict[str, Runner] = {"whole": whole}
+    for seams in ("exact", "fast"):
+        upscaler = stack.enter_context(Upscaler(bundle.folder, backend="openvino", precision="fp32", seams=seams))
+        halo = upscaler.info["halo"]
+        if seams == "exact":
+            turns["SDK, as it cuts by itself"] = upscaler.upscale
+        turns[f"SDK, {seams}, halo {halo} px"] = partial(upscaler.upscale, tile=tile)
+    return turns | {f"{PAD} px around": partial(tile_padded, run=whole, tile=tile, scale=bundle.manifest.scale)}
 
 
 def tile_padded(lr: np.ndarray, *, run: Runner, tile: int, scale: int, pad: int = PAD) -> np.ndarray:

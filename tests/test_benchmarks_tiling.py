@@ -6,8 +6,9 @@ import bundles
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from PIL import Image
 
-from benchmarks import tiling
+from benchmarks import peers, tiling
 from benchmarks.cli import main
 from benchmarks.pictures import draw_picture
 from sdk import Upscaler
@@ -73,6 +74,24 @@ def test_a_peer_is_loaded_with_spandrel_and_cut(tmp_path):
         expected = (network.eval()(x).clamp(0, 1) * 255).round().byte()[0].permute(1, 2, 0).numpy()
     assert scale == 2
     np.testing.assert_array_equal(peer(lr), expected)
+
+
+def test_networks_are_trained_for_spandrel_and_for_export(tmp_path):
+    pytest.importorskip("torch")
+    pytest.importorskip("spandrel")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    Image.fromarray(draw_picture((70, 80))).save(tmp_path / "photograph.png")
+    Image.fromarray(draw_picture((20, 80))).save(tmp_path / "small.png")
+    done = CliRunner().invoke(peers.main, [str(tmp_path), str(tmp_path / "out"), "--steps", "2"])
+    assert done.exit_code == 0, done.output
+    assert "compact: step 2 of 2, loss 0." in done.output
+    lr = draw_picture((16, 20))
+    for name in peers.NETWORKS:
+        peer, scale = tiling.open_peer(tmp_path / "out" / f"{name}-x2.safetensors")
+        assert scale == 2
+        session = onnxruntime.InferenceSession(tmp_path / "out" / f"{name}-x2.onnx", providers=["CPUExecutionProvider"])
+        result = session.run(None, {"lr": lr.transpose(2, 0, 1)[None].astype(np.float32) / 255})[0][0]
+        assert np.abs(result.clip(0, 1).transpose(1, 2, 0) * 255 - peer(lr)).max() <= 0.51
 
 
 @pytest.mark.parametrize("data", [b"", b"rubbish"])
