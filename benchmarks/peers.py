@@ -74,7 +74,7 @@ def _draw_batch(photographs: list[np.ndarray], rng: np.random.Generator) -> tupl
 @click.command()
 @click.argument("photographs", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--steps", type=click.IntRange(1), default=2000, show_default=True)
+@click.option("--steps", type=click.IntRange(1), default=800, show_default=True)
 def main(photographs: Path, out: Path, steps: int) -> None:
     """Train both networks on the photographs of a folder."""
     import torch
