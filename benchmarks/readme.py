@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from .tables import Table, provenance, tables_of
+from .tables import Table, overviews_of, provenance
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -36,7 +36,7 @@ def fill_tables(text: str, results: Path = RESULTS) -> str:
 
 
 def _markdown(result: dict[str, Any]) -> str:
-    return "\n".join([*map(_table, tables_of(result)), f"{provenance(result)}\n"])
+    return "\n".join([*map(_table, overviews_of(result)), f"{provenance(result)}\n"])
 
 
 def _table(table: Table) -> str:

@@ -23,6 +23,11 @@ def tables_of(result: dict[str, Any]) -> list[Table]:
     return TABLES[result["kind"]](result)
 
 
+def overviews_of(result: dict[str, Any]) -> list[Table]:
+    """Give the tables of a result for the README, where `latency` has one row for each contestant. Raises: KeyError."""
+    return [_latency_overview(result)] if result["kind"] == "latency" else tables_of(result)
+
+
 # PSNR-Y in dB as published, by scale, method and test set; collected in the papers of EDSR and SwinIR.
 PUBLISHED = {
     2: {
@@ -79,6 +84,18 @@ QUALITY_COLUMNS = {"psnr_y_db": ("PSNR-Y", 2), "ssim_y": ("SSIM-Y", 4), "lpips_l
 def _latency(result: dict[str, Any]) -> list[Table]:
     headings, cases = latency_table(result, leave_out=("p99_ms", "min_ms", "max_ms"))
     return [Table(["size", *headings], [[case, *cells] for case, rows in cases.items() for cells in rows])]
+
+
+def _latency_overview(result: dict[str, Any]) -> Table:
+    """Medians of every case, and all about the last one."""
+    headings, cases = latency_table(result, leave_out=("p99_ms", "min_ms", "max_ms"))
+    about = dict.fromkeys(name for rows in cases.values() for name, *_ in rows)  # contestants, in their order
+    lines = []
+    for name in about:
+        found = [next((cells[1:] for cells in rows if cells[0] == name), None) for rows in cases.values()]
+        last = found[-1] or ["-"] * (len(headings) - 1)
+        lines.append([name, *(cells[0] if cells else "-" for cells in found), *last[1:]])
+    return Table(["contestant", *(f"{case}, median ms" for case in cases), *headings[2:]], lines)
 
 
 def _runtime(result: dict[str, Any]) -> list[Table]:
