@@ -44,6 +44,11 @@ def train_peer(
     kind, arguments = NETWORKS[name]
     torch.manual_seed(SEED)
     network = getattr(importlib.import_module(f"spandrel.architectures.{kind}"), kind)(**arguments)
+    if name == "compact":  # PyTorch's own start fades away in so many plain layers, and nothing is learnt
+        *layers, last = (layer for layer in network.modules() if isinstance(layer, torch.nn.Conv2d))
+        for layer in layers:
+            torch.nn.init.kaiming_normal_(layer.weight, a=0.25)
+        torch.nn.init.normal_(last.weight, std=1e-3)
     optimizer = torch.optim.Adam(network.parameters(), RATE)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps, pct_start=0.05)
     rng = np.random.default_rng(SEED)

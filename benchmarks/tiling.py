@@ -132,7 +132,7 @@ def open_peer(path: Path) -> tuple[Runner, int]:
 
     @torch.inference_mode()
     def run(lr: np.ndarray) -> np.ndarray:
-        x = torch.from_numpy(lr).permute(2, 0, 1)[None].float() / 255
+        x = torch.tensor(lr).permute(2, 0, 1)[None].float() / 255  # a copy, as torch takes no read-only array
         y = (network(x).clamp(0, 1) * 255).round().to(torch.uint8)
         return np.ascontiguousarray(y[0].permute(1, 2, 0).numpy())  # (1, 3, H, W) -> (H, W, 3)
 
