@@ -133,7 +133,7 @@ def roofline(json_path: Path | None, sizes: tuple[tuple[int, int], ...], **optio
 @click.option("--repeats", type=click.IntRange(1), default=15, show_default=True, help="Timed runs of each contestant.")
 @click.option("--pictures", type=click.Path(path_type=Path), help="Folder to crop photographs from. Default: our own.")
 @click.option("--photographs", type=click.IntRange(1), default=50, show_default=True, help="Files of `many`.")
-@click.option("--small-pictures", type=click.IntRange(1), default=2000, show_default=True, help="Of `memory`.")
+@click.option("--small-pictures", type=click.IntRange(200), default=2000, show_default=True, help="Of `memory`.")
 @json_option
 def runtime(json_path: Path | None, **options: Any) -> None:
     """Measure the runtime against its bounds: overhead, tiled, many, memory, start; all PARTs by default."""

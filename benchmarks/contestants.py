@@ -12,12 +12,13 @@ import numpy as np
 
 from sdk import Bundle, Upscaler
 from sdk.backends import MODULES
-from sdk.errors import BackendError, BackendUnavailable, BundleError, OptionError
+from sdk.errors import BackendError, BackendUnavailable, BundleError, OptionError, SRError
 
 from . import plain, torch_eager
 from .bilinear import bilinear_bundle
-from .cores import has_strays
+from .cores import strays
 from .pictures import BICUBIC, BILINEAR, LANCZOS, enlarge
+from .result import first_line
 
 # (h, w, 3), or (N, h, w, 3) of a batch, uint8 -> the same, scale times as large.
 Runner = Callable[[np.ndarray], np.ndarray]
@@ -70,6 +71,8 @@ CONTESTANTS = (
     REFERENCE,
     Contestant("openvino", "cpu", "fp32"),
     Contestant("openvino", "cpu", "bf16"),
+    Contestant("onnxruntime", "cpu", "int8"),
+    Contestant("openvino", "cpu", "int8"),
     Contestant("tensorrt", "cuda:0", "fp32"),
     Contestant("tensorrt", "cuda:0", "fp16"),
     Contestant("onnxruntime", "cuda:0", "fp32"),
@@ -77,6 +80,8 @@ CONTESTANTS = (
     Contestant("plain onnxruntime", "cpu", "fp32"),
     Contestant("plain openvino", "cpu", "fp32"),
     Contestant("plain openvino", "cpu", "bf16"),
+    Contestant("plain onnxruntime", "cuda:0", "fp32"),
+    Contestant("plain onnxruntime", "cuda:0", "fp16"),
     EAGER,
     Contestant("pytorch", "cpu", "bf16"),
     Contestant("pytorch compiled", "cpu", "bf16"),
@@ -101,7 +106,10 @@ def choose(names: tuple[str, ...]) -> tuple[Contestant, ...]:
 def open_contestants(
     contestants: Iterable[Contestant], setup: Setup, stack: ExitStack
 ) -> tuple[dict[Contestant, Runner], list[dict[str, str]]]:
-    """Make ready what runs here; give the rest with reasons. `stack` closes them. Raises: as open_contestant."""
+    """Make ready what runs here; give the rest with reasons. `stack` closes them.
+
+    Raises: the SRErrors of open_contestant that are about what was asked for.
+    """
     runners, skipped = {}, []
     for contestant in contestants:
         try:
@@ -110,6 +118,10 @@ def open_contestants(
                 stack.enter_context(own.pop_all())
         except (BackendError, BundleError) as exc:  # BundleError: exported without that precision
             skipped.append({"contestant": contestant.name, "reason": str(exc)})
+        except SRError:
+            raise
+        except Exception as exc:  # each engine has errors of its own
+            skipped.append({"contestant": contestant.name, "reason": first_line(exc)})
     return runners, skipped
 
 
@@ -119,6 +131,7 @@ def open_contestant(contestant: Contestant, setup: Setup, stack: ExitStack) -> R
     Raises: BackendUnavailable if it cannot run here, another SRError for a model or run that is not right.
     """
     backend = contestant.engine.removeprefix(THROUGH)
+    before = strays()
     if backend in MODULES:
         model: str | Path | None = setup.model
         if backend != contestant.engine:
@@ -131,7 +144,7 @@ def open_contestant(contestant: Contestant, setup: Setup, stack: ExitStack) -> R
     else:
         runner = OTHERS[contestant.engine](contestant, setup)
     is_network = contestant.precision != "uint8"
-    if setup.threads is not None and is_network and contestant.device == "cpu" and has_strays():
+    if setup.threads is not None and is_network and contestant.device == "cpu" and strays() - before:
         raise BackendUnavailable(f"{contestant.name} does not keep to the cores that --threads gives it")
     return runner
 
@@ -163,7 +176,9 @@ def _opencv(contestant: Contestant, setup: Setup) -> Runner:
 
 
 def _plain_onnxruntime(contestant: Contestant, setup: Setup) -> Runner:
-    return plain.open_onnxruntime(Bundle.load(setup.model), stage=setup.stage)
+    return plain.open_onnxruntime(
+        Bundle.load(setup.model), stage=setup.stage, device=contestant.device, precision=contestant.precision
+    )
 
 
 def _plain_openvino(contestant: Contestant, setup: Setup) -> Runner:

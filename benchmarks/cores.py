@@ -29,7 +29,9 @@ def limit_threads(count: int) -> None:
     os.environ["SR_THREADS"] = os.environ["OMP_NUM_THREADS"] = str(count)
 
 
-def has_strays() -> bool:
-    """Tell whether an engine tied a thread to other cores than this process: ONNX Runtime does by default."""
+def strays() -> set[int]:
+    """Give the threads that engines tied to other cores than this process has: ONNX Runtime does by default."""
+    if not os.path.isdir(TASKS):
+        return set()
     own = os.sched_getaffinity(0)
-    return any(os.sched_getaffinity(int(thread)) - own for thread in os.listdir(TASKS))
+    return {int(thread) for thread in os.listdir(TASKS) if os.sched_getaffinity(int(thread)) - own}

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 from sdk.backends.cuda import open_device
-from sdk.errors import BackendUnavailable
+from sdk.errors import BackendError
 
 INTERVAL_S = 0.002
 
@@ -21,7 +21,7 @@ def watch_device(device: str) -> Iterator[Callable[[], float | None]]:
     """
     gpu = None
     if device.startswith("cuda:"):
-        with suppress(BackendUnavailable):  # PyTorch runs without the SDK's library
+        with suppress(BackendError):  # PyTorch runs without the SDK's library
             gpu = open_device(int(device.removeprefix("cuda:")))
     if gpu is None:
         yield lambda: None

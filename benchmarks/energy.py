@@ -33,8 +33,10 @@ def energy_joules(work: Callable[[], object], *, root: Path = POWERCAP, seconds:
 
 def _read(root: Path) -> list[tuple[int, int]] | None:
     """Read (microjoules, where the counter begins anew) of each package; None if there are none that can be read."""
-    packages = sorted(path for path in root.glob("intel-rapl:*") if path.name.count(":") == 1)
     try:
+        zones = sorted(path for path in root.glob("intel-rapl:*") if path.name.count(":") == 1)
+        # "psys", where there is one, is the whole board, packages included.
+        packages = [path for path in zones if (path / "name").read_text().startswith("package")]
         found = [
             tuple(int((package / name).read_text()) for name in ("energy_uj", "max_energy_range_uj"))
             for package in packages

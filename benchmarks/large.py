@@ -27,13 +27,13 @@ PROTOCOL = (
 def run_large(
     model: str | None, *, side: int, suffix: str, progress: Callable[[str], None] = lambda news: None
 ) -> dict[str, Any]:
-    """Enlarge a picture of side x side pixels to a file of another format.
+    """Enlarge a JPEG of side x side pixels into a file.
 
     suffix: of the result, without a dot. Returns: the JSON form, as run_runtime gives.
     Raises: BackendUnavailable without pyvips; other SRErrors as large.enlarge.
     """
     scale = Bundle.load(model).manifest.scale
-    head = result_head("runtime", protocol=PROTOCOL) | {"model": model_facts(Bundle.load(model))}
+    head = result_head("large", protocol=PROTOCOL) | {"model": model_facts(Bundle.load(model))}
     with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder, "source.jpg"), Path(folder, f"target.{suffix}")
         progress(f"writing {side}x{side}")
@@ -63,7 +63,12 @@ def write_source(path: Path, side: int) -> None:
 
 def _enlarge(model: str | None, source: Path, target: Path) -> dict[str, Any]:
     with Upscaler(model) as upscaler:
-        started = time.perf_counter()
+        started, cpu_started = time.perf_counter(), time.process_time()
         large.enlarge(upscaler, source, target, Options(max_pixels=0))
         seconds = time.perf_counter() - started
-        return {"seconds": seconds, "cpu_s": time.process_time(), "peak_mib": own_peak_mib(), "info": upscaler.info}
+        return {
+            "seconds": seconds,
+            "cpu_s": time.process_time() - cpu_started,
+            "peak_mib": own_peak_mib(),
+            "info": upscaler.info,
+        }

@@ -31,8 +31,8 @@ from .energy import energy_joules
 from .memory import measure_peak_mib
 from .metrics import psnr
 from .pictures import draw_picture, fit_picture, read_picture
-from .result import model_facts, result_head
-from .timing import Timing, summarise, take_turns
+from .result import first_line, model_facts, result_head
+from .timing import WARM_UPS, Timing, summarise, take_turns
 
 PROTOCOL = (
     "From a uint8 array to a uint8 array in memory. All contestants take turns in one process; a turn is a pause of "
@@ -40,10 +40,12 @@ PROTOCOL = (
     "samples. Bilinear, bicubic, lanczos: Pillow's, or OpenCV's; bilinear through an engine: a model of one Resize, "
     "run by the SDK as the networks are. Plain: the engine's own API on the whole picture, ONNX Runtime with default "
     "options, OpenVINO compiled for the shape; PyTorch on channels-last tensors, bf16 by autocast, compiled for the "
-    "shape where it says so. Peak memory: resident, of a process of its own that does the same work twice, interpreter "
-    "and libraries included; of a GPU's memory, by how much less was free meanwhile than before. Energy: of the "
-    "processor's packages (RAPL) over a second of such runs, divided by their number, where it can be read. PSNR: of "
-    "the engine's result against ONNX Runtime's in fp32, RGB."
+    "shape where it says so, on CPUs with weights frozen; its fp32 is not TF32. Speed-ups: over ONNX Runtime by the "
+    "SDK and eager PyTorch in fp32 on the same device. Peak memory: resident, of a process of its own that does the "
+    "same work as often as before the first turn, interpreter and libraries included; of a GPU's memory, by how much "
+    "less was free meanwhile than before. Energy: of the processor's packages (RAPL) over a second of such runs, "
+    "divided by their number, where it can be read; not for what runs on a GPU. PSNR: of the engine's result against "
+    "ONNX Runtime's in fp32, RGB."
 )
 
 
@@ -67,9 +69,9 @@ class Settings:
 
 @dataclass(frozen=True)
 class Memory:
-    """Peaks in MiB: of the process, and of what it takes on a GPU; None on a CPU or where it cannot be read."""
+    """Peaks in MiB: of the process, and of what it takes on a GPU; None where it cannot be read, or ended early."""
 
-    peak_memory_mib: float
+    peak_memory_mib: float | None
     peak_device_mib: float | None
 
 
@@ -125,9 +127,15 @@ def _measure(
             samples = take_turns(turns, repeats=settings.repeats)
             timings = {contestant: summarise(times_ms) for contestant, times_ms in samples.items()}
             psnr_db = compare_results(able, lr)
-            energy_j = {contestant: energy_joules(turn) for contestant, turn in turns.items()}
+            energy_j = {each: energy_joules(turn) for each, turn in turns.items() if each.device == "cpu"}
             progress(f"{what}: peak memory")
-            memory = {contestant: measure_memory(contestant, setup, lr.shape) for contestant in able}
+            memory = {}
+            for contestant in able:
+                try:
+                    memory[contestant] = measure_memory(contestant, setup, lr.shape)
+                except Exception as exc:  # of the engine, in a process that began with less
+                    memory[contestant] = Memory(None, None)
+                    skipped.append({"contestant": contestant.name, "reason": f"peak memory: {first_line(exc)}"})
             about = {"stage": setup.stage, "batch": batch}
             found = make_rows(timings, memory, psnr_db, energy_j, size=size, scale=scale, batch=batch)
             rows += [about | row for row in found]
@@ -144,9 +152,8 @@ def try_all(
             runner(lr)
             able[contestant] = runner
         except Exception as exc:  # each engine has errors of its own
-            reason = str(exc).strip().splitlines()[0] if str(exc).strip() else type(exc).__name__
             size = "x".join(map(str, lr.shape[:-1]))
-            unable.append({"contestant": contestant.name, "reason": f"{size}: {reason}"})
+            unable.append({"contestant": contestant.name, "reason": f"{size}: {first_line(exc)}"})
     return able, unable
 
 
@@ -172,11 +179,17 @@ def make_rows(
     scale: int,
     batch: int = 1,
 ) -> list[dict[str, Any]]:
-    """Make the table of one LR size, with ratios of medians; a figure is None where what it needs did not run."""
+    """Make the table of one LR size, with ratios of medians; a figure is None where what it needs did not run.
+
+    The references are those on the same device, but for bilinear.
+    """
     output_mp = batch * size[0] * size[1] * scale**2 / 1e6
     baseline_ms = timings[BASELINE].median_ms
-    reference_ms = timings[REFERENCE].median_ms if REFERENCE in timings else None
-    eager_ms = timings[EAGER].median_ms if EAGER in timings else None
+
+    def speedup(contestant: Contestant, reference: Contestant) -> float | None:
+        found = timings.get(replace(reference, device=contestant.device))
+        return None if found is None else round(found.median_ms / timings[contestant].median_ms, 3)
+
     return [
         {
             "size": list(size),
@@ -185,8 +198,8 @@ def make_rows(
             **{key: round(value, 4) for key, value in asdict(timing).items()},
             "output_mp_per_s": round(output_mp / timing.median_ms * 1e3, 3),
             "times_bilinear": round(timing.median_ms / baseline_ms, 3),
-            "speedup_over_onnxruntime_fp32": reference_ms and round(reference_ms / timing.median_ms, 3),
-            "speedup_over_pytorch_fp32": eager_ms and round(eager_ms / timing.median_ms, 3),
+            "speedup_over_onnxruntime_fp32": speedup(contestant, REFERENCE),
+            "speedup_over_pytorch_fp32": speedup(contestant, EAGER),
             "psnr_to_onnxruntime_fp32_db": round(psnr_db[contestant], 2) if contestant in psnr_db else None,
             **{key: value and round(value, 1) for key, value in asdict(memory[contestant]).items()},
             "energy_j": (found := energy_j.get(contestant)) and round(found, 4),
@@ -202,8 +215,8 @@ def measure_memory(contestant: Contestant, setup: Setup, shape: tuple[int, ...])
 
 
 def _work(contestant: Contestant, setup: Setup, shape: tuple[int, ...]) -> None:
-    """Do what a contestant is timed for, twice: the first run may allocate less than the second."""
+    """Do what a contestant is timed for, as often as before the first timed run: by then all is allocated."""
     with ExitStack() as stack:
         runner = open_contestant(contestant, setup, stack)
-        for _ in range(2):
+        for _ in range(WARM_UPS):
             runner(np.zeros(shape, np.uint8))

@@ -28,6 +28,7 @@ SCALE = (0.458, 0.448, 0.450)
 POOLS = (2, 5, 8)
 FIRES = (3, 4, 6, 7, 9, 10, 11, 12)
 TAPS = (1, 4, 7, 9, 10, 11, 12)
+MIN_SIDE = 17  # of a picture: what is left of fewer pixels cannot be pooled a third time
 
 
 class LpipsUnavailable(SRError):

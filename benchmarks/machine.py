@@ -13,6 +13,7 @@ from .cores import usable_cores
 
 DISTRIBUTIONS = (
     "sr-sdk", "numpy", "pillow", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "torch",
+    "opencv-python-headless", "opencv-python", "spandrel", "pyvips", "uvicorn", "cuda-python", "pycuda",
 )  # fmt: skip
 BF16_FLAGS = ("avx512_bf16", "amx_bf16")
 ROOT = Path(__file__).parent.parent

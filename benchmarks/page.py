@@ -32,6 +32,8 @@ TITLES = {
     "scaling": "How time grows",
     "soak": "Hours of mixed requests",
     "runtime": "What the SDK adds to the engine",
+    "large": "Pictures larger than memory",
+    "serve": "sr-serve under load",
     "train": "Speed of training",
 }
 CSS_PER_PIXEL = 0.75  # plots are drawn finer than they are shown

@@ -17,6 +17,8 @@ from typing import Any
 import click
 import numpy as np
 
+from sdk.errors import SRError
+
 from .pictures import find_pictures, read_picture
 from .quality import reduce
 
@@ -79,14 +81,19 @@ def _draw_batch(photographs: list[np.ndarray], rng: np.random.Generator) -> tupl
 @click.command()
 @click.argument("photographs", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--steps", type=click.IntRange(1), default=800, show_default=True)
+@click.option("--steps", type=click.IntRange(40), default=800, show_default=True)
 def main(photographs: Path, out: Path, steps: int) -> None:
-    """Train both networks on the photographs of a folder."""
+    """Train both networks on the photographs of a folder; takes the extras peers, train and export."""
     import torch
     from safetensors.torch import save_file
 
-    pictures = [read_picture(path) for path in find_pictures(photographs)]
+    try:
+        pictures = [read_picture(path) for path in find_pictures(photographs)]
+    except SRError as exc:
+        raise click.ClickException(str(exc)) from exc
     pictures = [picture for picture in pictures if min(picture.shape[:2]) >= LR_SIDE * SCALE]
+    if not pictures:
+        raise click.ClickException(f"{photographs}: no picture has {LR_SIDE * SCALE} pixels on each side")
     out.mkdir(parents=True, exist_ok=True)
     for name in NETWORKS:
         network = train_peer(name, pictures, steps=steps, progress=click.echo)

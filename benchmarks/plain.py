@@ -16,17 +16,22 @@ from sdk.errors import BackendUnavailable
 Infer = Callable[[np.ndarray], np.ndarray]
 
 
-def open_onnxruntime(bundle: Bundle, *, stage: str = "auto") -> Infer:
-    """Make (h, w, 3) or (N, h, w, 3) uint8 -> the same, enlarged, of an InferenceSession with default options, in fp32.
+def open_onnxruntime(bundle: Bundle, *, stage: str = "auto", device: str = "cpu", precision: str = "fp32") -> Infer:
+    """Make (h, w, 3) or (N, h, w, 3) uint8 -> the same, enlarged, of an InferenceSession with default options.
 
     Pictures are run whole, padded to the network's grid.
-    Raises: BackendUnavailable without ONNX Runtime.
+    Raises: BackendUnavailable without ONNX Runtime, or the device; BundleError without a graph of that precision.
     """
     try:
         import onnxruntime
     except ImportError as exc:
         raise BackendUnavailable("onnxruntime is not installed") from exc
-    session = onnxruntime.InferenceSession(_graph(bundle, stage), providers=["CPUExecutionProvider"])
+    providers: list[Any] = ["CPUExecutionProvider"]
+    if device != "cpu":
+        if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+            raise BackendUnavailable("this onnxruntime has no CUDA provider")
+        providers.insert(0, ("CUDAExecutionProvider", {"device_id": int(device.removeprefix("cuda:"))}))
+    session = onnxruntime.InferenceSession(_graph(bundle, stage, precision), providers=providers)
     name = session.get_inputs()[0].name
     return _whole(bundle, stage, lambda batch: session.run(None, {name: batch})[0])
 
@@ -41,11 +46,12 @@ def open_openvino(bundle: Bundle, *, precision: str, stage: str = "auto") -> Inf
         raise BackendUnavailable("this processor does not compute in bf16")
     graph = _graph(bundle, stage)
 
-    @functools.lru_cache(maxsize=4)
+    @functools.cache  # what is tiled with its edges cut off has nine shapes
     def compiled(shape: tuple[int, ...]) -> Infer:
         return compile_openvino(graph, shape, precision=precision)
 
-    return _whole(bundle, stage, lambda batch: compiled(batch.shape)(batch))
+    # Copied, as the next call writes over it.
+    return _whole(bundle, stage, lambda batch: compiled(batch.shape)(batch).copy())
 
 
 def compile_openvino(graph: str | Path, shape: tuple[int, ...], *, precision: str) -> Infer:
@@ -68,8 +74,8 @@ def _core() -> Any:
     return openvino.Core()
 
 
-def _graph(bundle: Bundle, stage: str) -> Path:
-    return bundle.folder / bundle.stage(stage).graph(precision="fp32", ends="uint8").file.name
+def _graph(bundle: Bundle, stage: str, precision: str = "fp32") -> Path:
+    return bundle.folder / bundle.stage(stage).graph(precision=precision, ends="uint8").file.name
 
 
 def _whole(bundle: Bundle, stage: str, run: Infer) -> Infer:
@@ -79,8 +85,9 @@ def _whole(bundle: Bundle, stage: str, run: Infer) -> Infer:
     def upscale(lr: np.ndarray) -> np.ndarray:
         batch = lr[None] if lr.ndim == 3 else lr
         height, width = batch.shape[1:3]
-        padded = np.pad(batch, ((0, 0), (0, -height % stride), (0, -width % stride), (0, 0)), mode="edge")
-        result = run(padded)[:, : height * scale, : width * scale].copy()  # OpenVINO writes over its own
+        if height % stride or width % stride:
+            batch = np.pad(batch, ((0, 0), (0, -height % stride), (0, -width % stride), (0, 0)), mode="edge")
+        result = np.ascontiguousarray(run(batch)[:, : height * scale, : width * scale])
         return result[0] if lr.ndim == 3 else result
 
     return upscale

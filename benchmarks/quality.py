@@ -14,10 +14,10 @@ from PIL import Image
 
 from sdk import Bundle, ImageError, Upscaler
 
-from .lpips_like import Distance, load_distance
+from .lpips_like import MIN_SIDE, Distance, load_distance
 from .metrics import WINDOW, colour_drift, grid_excess, luma, psnr, ssim
 from .pictures import BICUBIC, BILINEAR, enlarge, find_pictures, read_picture
-from .result import model_facts, result_head
+from .result import check_writable, model_facts, result_head
 from .sheet import draw_sheet, write_sheet
 
 PROTOCOL = (
@@ -73,6 +73,8 @@ def run_quality(settings: Settings, *, track: Track = lambda paths, label: nullc
             methods[name] = upscaler.upscale
             engine = {key: upscaler.info[key] for key in ("backend", "engine", "device", "precision")}
             models.append({"method": name} | model_facts(bundle) | engine)
+        if settings.sheet:
+            check_writable(settings.sheet)
         for folder in settings.folders:
             for scale, methods in by_scale.items():
                 rows += evaluate(folder, scale=scale, methods=methods, distance=distance, track=track)
@@ -123,10 +125,10 @@ def read_pair(path: Path, scale: int) -> tuple[np.ndarray, np.ndarray]:
 def crop_to_scale(picture: np.ndarray, scale: int, *, name: str) -> np.ndarray:
     """Cut (H, W, 3) at right and bottom to multiples of the scale.
 
-    Raises: ImageError if less than SSIM's window is left inside the shaved border.
+    Raises: ImageError if less than SSIM's window is left inside the shaved border, or than LPIPS-like can pool.
     """
     height, width = (side // scale * scale for side in picture.shape[:2])
-    smallest = WINDOW + 2 * scale
+    smallest = max(WINDOW + 2 * scale, MIN_SIDE)
     if min(height, width) < smallest:
         raise ImageError(f"{name}: {width}x{height} pixels, at least {smallest}x{smallest} are needed")
     return picture[:height, :width]

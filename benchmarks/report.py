@@ -15,9 +15,9 @@ LATENCY_COLUMNS = {
     "min_ms": ("min ms", 1),
     "max_ms": ("max ms", 1),
     "output_mp_per_s": ("output MP/s", 1),
-    "times_bilinear": ("x bilinear", 1),
-    "speedup_over_onnxruntime_fp32": ("x ORT fp32", 2),
-    "speedup_over_pytorch_fp32": ("x PyTorch fp32", 2),
+    "times_bilinear": ("x bilinear's time", 1),
+    "speedup_over_onnxruntime_fp32": ("faster than ORT fp32", 2),
+    "speedup_over_pytorch_fp32": ("faster than PyTorch fp32", 2),
     "psnr_to_onnxruntime_fp32_db": ("dB to ORT fp32", 1),
     "peak_memory_mib": ("peak MiB", 0),
     "peak_device_mib": ("GPU MiB", 0),
@@ -219,6 +219,7 @@ def _tiling(result: dict[str, Any]) -> list[str]:
 
 BODIES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "latency": _latency, "quality": _quality, "roofline": _roofline, "runtime": _runtime,
+    "large": _runtime, "serve": _runtime,
     "scaling": _scaling, "soak": _soak, "tiling": _tiling,
 }  # fmt: skip
 
@@ -232,5 +233,5 @@ def measured(row: dict[str, Any]) -> tuple[str, str]:
 
 def _text(value: Any) -> str:
     if isinstance(value, (list, tuple)):
-        return "/".join(f"{item:.0f}" for item in value)
+        return "/".join(f"{item:.4g}" for item in value)
     return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -14,7 +14,7 @@ import numpy as np
 
 from sdk import Bundle, ImageError, SRError, Upscaler
 
-from .lpips_like import LABEL, Distance, load_distance
+from .lpips_like import LABEL, MIN_SIDE, Distance, load_distance
 from .metrics import colour_drift, psnr
 from .pictures import BICUBIC, enlarge, find_pictures, read_picture
 from .report import figure, table
@@ -44,7 +44,6 @@ COLUMNS = {
     "restored_lpips_like": ("restored LPIPS-like", 4),
     "colour_drift": ("colour drift", 2),
 }
-SMALLEST_SIDE = 16  # HR pixels
 
 Track = Callable[[Sequence[Path], str], AbstractContextManager[Iterable[Path]]]
 
@@ -139,8 +138,8 @@ def evaluate(
 
 def _cut_to_scale(picture: np.ndarray, scale: int, *, name: str) -> np.ndarray:
     height, width = (side // scale * scale for side in picture.shape[:2])
-    if min(height, width) < SMALLEST_SIDE:
-        raise ImageError(f"{name}: {width}x{height} pixels, at least {SMALLEST_SIDE}x{SMALLEST_SIDE} are needed")
+    if min(height, width) < MIN_SIDE:
+        raise ImageError(f"{name}: {width}x{height} pixels, at least {MIN_SIDE}x{MIN_SIDE} are needed")
     return picture[:height, :width]
 
 

@@ -1,4 +1,4 @@
-"""The JSON that both benchmarks write: what every one holds, and how it reaches the disk."""
+"""The JSON that every benchmark writes: what each holds, and how it reaches the disk."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SCHEMA = 1
 
 
 def result_head(kind: str, *, protocol: str, command: str = "sr-bench") -> dict[str, Any]:
-    """Give the fields that every result starts with. kind: "latency" or "quality"."""
+    """Give the fields that every result starts with. kind: of TITLES in page.py."""
     return {
         "schema": SCHEMA,
         "kind": kind,
@@ -70,4 +70,10 @@ def write_json(result: dict[str, Any], path: Path) -> None:
 
 def _without_folder(argument: str) -> str:
     """Shorten a path out of the working directory to its last part: results are published, home folders are not."""
-    return Path(argument).name if os.path.isabs(argument) or argument.startswith("..") else argument
+    option, equals, path = argument.partition("=") if argument.startswith("-") else ("", "", argument)
+    return option + equals + (Path(path).name if os.path.isabs(path) or path.startswith("..") else path)
+
+
+def first_line(exc: BaseException) -> str:
+    """Shorten what an engine says to a line; its kind if it says nothing."""
+    return (str(exc).strip().splitlines() or [type(exc).__name__])[0]

@@ -31,8 +31,8 @@ PROTOCOL = (
     f"{rates.COPY_MIB} MiB. Floor: the larger of operations / matrix rate and bytes at the ends / copy rate. Time: the "
     "median of Upscaler.upscale, from array to array, engines in turns. Share: floor / time."
 )
-ENGINES = tuple(each for each in CONTESTANTS if each.engine in MODULES)
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+ENGINES = tuple(each for each in CONTESTANTS if each.engine in MODULES and each.precision in BYTES)
 
 
 @dataclass(frozen=True)

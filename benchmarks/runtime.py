@@ -336,6 +336,7 @@ def _time_process(code: str, *arguments: str, cache: str | None = None) -> tuple
     environment = os.environ | {"PYTHONPATH": str(Path(sdk.__file__).parent.parent)}
     if cache is not None:
         environment["SR_CACHE_DIR"] = cache
+        environment.pop("SR_ENGINE_DIR", None)
     started = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", code, *arguments], env=environment, capture_output=True, text=True)
     took = time.perf_counter() - started

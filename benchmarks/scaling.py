@@ -13,7 +13,7 @@ import numpy as np
 from sdk import Bundle, Upscaler
 from sdk.errors import BackendError, BackendUnavailable, OptionError
 
-from .cores import has_strays, limit_threads, usable_cores
+from .cores import limit_threads, strays, usable_cores
 from .memory import run_fresh
 from .pictures import draw_picture
 from .result import model_facts, result_head
@@ -89,14 +89,17 @@ def run_scaling(settings: Settings, *, progress: Callable[[str], None] = lambda 
 
 
 def fit_exponent(points: Mapping[int, float]) -> dict[str, float | None]:
-    """Fit time = factor * value ** exponent to medians by value; nothing to fit is None."""
+    """Fit time = factor * value ** exponent to medians by value; nothing to fit is None, and r2 says it of three on."""
     if len(points) < 2:
         return {"exponent": None, "r2": None}
     x, y = np.log(list(points)), np.log(list(points.values()))
     exponent, level = np.polyfit(x, y, 1)
     spread = float(((y - y.mean()) ** 2).sum()) if np.ptp(y) else 0.0
     left = float(((y - (exponent * x + level)) ** 2).sum())
-    return {"exponent": round(float(exponent), 4), "r2": round(1 - left / spread, 4) if spread else None}
+    return {
+        "exponent": round(float(exponent), 4),
+        "r2": round(1 - left / spread, 4) if spread and len(points) > 2 else None,
+    }
 
 
 Samples = dict[int, list[float]]
@@ -157,7 +160,7 @@ def _time_on_cores(settings: Settings, count: int) -> list[float]:
         if upscaler.info["device"] != "cpu":
             raise BackendUnavailable(f"{upscaler.info['backend']} does not run on the CPU")
         upscaler.warmup()
-        if has_strays():
+        if strays():
             raise BackendUnavailable(f"{upscaler.info['backend']} does not keep to the cores that it is given")
         picture = draw_picture((settings.thread_side, settings.thread_side))
         return take_turns({count: partial(upscaler.upscale, picture)}, repeats=settings.repeats)[count]

@@ -70,7 +70,7 @@ def run_serve(settings: Settings, *, progress: Callable[[str], None] = lambda ne
     Raises: SRError for a missing model or picture; BackendError if the server does not come up, or refuses a picture.
     """
     bundle = Bundle.load(settings.model)
-    head = result_head("runtime", protocol=PROTOCOL) | {"model": model_facts(bundle)}
+    head = result_head("serve", protocol=PROTOCOL) | {"model": model_facts(bundle)}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         chosen = RuntimeSettings(pictures=settings.pictures, photographs=settings.photographs)
@@ -110,7 +110,8 @@ def _round(
         upscaler.upscale_file(path, path.with_suffix(".png"), overwrite=True)
     files = time.perf_counter() - started
     started = time.perf_counter()
-    for _, error in upscaler.upscale_files([(path, path.with_suffix(".png")) for path in sources], overwrite=True):
+    again = [(path, path.with_suffix(".overlapped.png")) for path in sources]
+    for _, error in upscaler.upscale_files(again, overwrite=True):
         if error:
             raise error
     overlapped = time.perf_counter() - started

@@ -59,6 +59,7 @@ def _quality_at(scale: int, result: dict[str, Any]) -> Table:
     means: dict[str, dict[str, dict[str, float]]] = {
         f"*{name}*": {dataset: {"psnr_y_db": figures[dataset]} for dataset in datasets if dataset in figures}
         for name, figures in PUBLISHED.get(scale, {}).items()
+        if figures.keys() & set(datasets)
     }
     for row in rows:
         means.setdefault(row["method"], {})[row["dataset"]] = row["means"]
@@ -82,13 +83,13 @@ QUALITY_COLUMNS = {"psnr_y_db": ("PSNR-Y", 2), "ssim_y": ("SSIM-Y", 4), "lpips_l
 
 
 def _latency(result: dict[str, Any]) -> list[Table]:
-    headings, cases = latency_table(result, leave_out=("p99_ms", "min_ms", "max_ms"))
+    headings, cases = latency_table(result)
     return [Table(["size", *headings], [[case, *cells] for case, rows in cases.items() for cells in rows])]
 
 
 def _latency_overview(result: dict[str, Any]) -> Table:
     """Medians of every case, and all about the last one."""
-    headings, cases = latency_table(result, leave_out=("p99_ms", "min_ms", "max_ms"))
+    headings, cases = latency_table(result, leave_out=("p95_ms", "p99_ms", "min_ms", "max_ms"))
     about = dict.fromkeys(name for rows in cases.values() for name, *_ in rows)  # contestants, in their order
     lines = []
     for name in about:
@@ -154,8 +155,9 @@ def _tiling(result: dict[str, Any]) -> list[Table]:
 
 
 TABLES: dict[str, Callable[[dict[str, Any]], list[Table]]] = {
-    "quality": _quality, "latency": _latency, "runtime": _runtime, "restoration": _restoration, "train": _train,
-    "roofline": _roofline, "scaling": _scaling, "soak": _soak, "tiling": _tiling,
+    "quality": _quality, "latency": _latency, "runtime": _runtime, "large": _runtime, "serve": _runtime,
+    "restoration": _restoration, "train": _train, "roofline": _roofline, "scaling": _scaling, "soak": _soak,
+    "tiling": _tiling,
 }  # fmt: skip
 
 
@@ -164,7 +166,7 @@ def provenance(result: dict[str, Any]) -> str:
     facts = result["machine"]
     versions = ", ".join(
         f"{name} {facts['versions'][name]}"
-        for name in ("onnxruntime", "openvino", "torch")
+        for name in ("onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "torch")
         if name in facts["versions"]
     )
     gpus = ", ".join(facts["gpus"]) or "no GPU"

@@ -18,7 +18,7 @@ from . import plain
 from .contestants import Runner
 from .metrics import psnr
 from .pictures import draw_picture, fit_picture, read_picture
-from .result import model_facts, result_head
+from .result import first_line, model_facts, result_head
 from .timing import summarise, take_turns
 
 PAD = 10  # pixels; Real-ESRGAN's default tile_pad (xinntao/Real-ESRGAN, inference_realesrgan.py)
@@ -125,7 +125,7 @@ def open_peer(path: Path) -> tuple[Runner, int]:
     try:
         found = ModelLoader().load_from_file(path)
     except Exception as exc:  # spandrel and torch raise nearly anything for a file that is none
-        raise OptionError(f"{path}: spandrel cannot load it ({str(exc).strip().splitlines()[0]})") from exc
+        raise OptionError(f"{path}: spandrel cannot load it ({first_line(exc)})") from exc
     if not isinstance(found, ImageModelDescriptor) or (found.input_channels, found.output_channels) != (3, 3):
         raise OptionError(f"{path}: not a network from RGB to RGB")
     network = found.eval()

@@ -11,6 +11,8 @@ import numpy as np
 from sdk import Bundle
 from sdk.errors import BackendUnavailable, OptionError
 
+from .result import first_line
+
 MAX_SHAPES = 64
 RANDOM = "random (the bundle's architecture; timing does not depend on the values)"
 
@@ -27,7 +29,7 @@ def open_network(
 
     run: folder of sr-train that holds the weights of the bundle's stage; None: random weights.
     precision: "fp32", "fp16": half throughout, or "bf16": autocast; on channels-last tensors.
-    compiled: by torch.compile, for each shape that comes.
+    compiled: by torch.compile, for each shape that comes; on a CPU with weights laid out for it once (freezing).
     Raises: BackendUnavailable without PyTorch, the device, a usable recipe or what compiles; OptionError if the run
     does not fit.
     """
@@ -38,6 +40,8 @@ def open_network(
         raise BackendUnavailable("PyTorch is not installed; install sr-sdk[train] to compare with it") from exc
     if device != "cpu" and not torch.cuda.is_available():
         raise BackendUnavailable(f"PyTorch sees no CUDA device for {device}")
+    if precision == "fp32":
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     scale = bundle.manifest.scale
     layout = torch.channels_last
     dtype = torch.float16 if precision == "fp16" else torch.float32
@@ -46,7 +50,7 @@ def open_network(
     forward: Any = network
     if compiled:
         torch._dynamo.config.recompile_limit = MAX_SHAPES  # beyond it would run uncompiled, and not say so
-        forward = torch.compile(network, dynamic=False)
+        forward = torch.compile(network, dynamic=False, options={"freezing": device == "cpu"})
 
     @torch.inference_mode()
     def upscale(lr: np.ndarray) -> np.ndarray:
@@ -66,7 +70,7 @@ def open_network(
         try:
             upscale(np.zeros((stride, stride, 3), np.uint8))
         except Exception as exc:  # of the compiler: there may be none, or it may not know the network
-            raise BackendUnavailable(f"torch.compile failed: {str(exc).strip().splitlines()[0]}") from exc
+            raise BackendUnavailable(f"torch.compile failed: {first_line(exc)}") from exc
     return upscale
 
 
@@ -92,7 +96,7 @@ def load_network(bundle: Bundle, run: Path | None, *, stage: str = "auto") -> An
         network.eval().fold()
         return network
     except (TrainError, RuntimeError) as exc:
-        reason = str(exc).splitlines()[0]
+        reason = first_line(exc)
         if run is not None:
             raise OptionError(f"--run {run}: does not fit this model ({reason})") from exc
         raise BackendUnavailable(f"PyTorch cannot run this model's network: {reason}") from exc

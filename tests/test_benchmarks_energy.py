@@ -8,6 +8,7 @@ from benchmarks.energy import energy_joules
 def make_package(root, number: int, energy: int, *, span: int = 10_000_000):
     folder = root / f"intel-rapl:{number}"
     folder.mkdir(parents=True)
+    (folder / "name").write_text(f"package-{number}\n")
     (folder / "energy_uj").write_text(f"{energy}\n")
     (folder / "max_energy_range_uj").write_text(f"{span}\n")
     return folder / "energy_uj"
@@ -16,6 +17,7 @@ def make_package(root, number: int, energy: int, *, span: int = 10_000_000):
 def test_energy_of_a_call_is_that_of_all_packages(tmp_path):
     counters = [make_package(tmp_path, number, 1000) for number in range(2)]
     (tmp_path / "intel-rapl:0:0").mkdir()  # a part of a package, which counts it already
+    make_package(tmp_path, 2, 1000).with_name("name").write_text("psys\n")  # and the whole board
     calls = []
 
     def work() -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import sys
@@ -407,7 +408,8 @@ def test_cli_limits_threads_before_it_measures(monkeypatch):
 
 
 def test_engines_that_leave_their_cores_are_skipped(fake_model, monkeypatch):
-    monkeypatch.setattr(contestants, "has_strays", lambda: True)
+    threads = itertools.count()
+    monkeypatch.setattr(contestants, "strays", lambda: {next(threads)})
     monkeypatch.setattr(FakeUpscaler, "close", lambda self: None, raising=False)
     result = latency.run_latency(latency.Settings(sizes=((16, 16),), repeats=1, setup=Setup(threads=1)))
     reasons = {item["contestant"]: item["reason"] for item in result["skipped"]}
@@ -423,7 +425,7 @@ def test_limit_threads_holds_every_thread_of_a_process():
 def check_limit() -> None:
     cores.limit_threads(1)
     assert len(os.sched_getaffinity(0)) == 1 and os.environ["SR_THREADS"] == "1"
-    assert not cores.has_strays()
+    assert not cores.strays()
 
 
 def network_bundle():

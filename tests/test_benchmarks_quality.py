@@ -99,9 +99,9 @@ def test_crop_to_scale_keeps_the_top_left():
 
 
 def test_crop_to_scale_refuses_what_has_no_ssim():
-    assert quality.crop_to_scale(draw_picture((16, 16)), 2, name="p").shape == (16, 16, 3)
-    with pytest.raises(ImageError, match="p: 14x16 pixels"):
-        quality.crop_to_scale(draw_picture((17, 15)), 2, name="p")
+    assert quality.crop_to_scale(draw_picture((18, 18)), 2, name="p").shape == (18, 18, 3)
+    with pytest.raises(ImageError, match="p: 16x18 pixels"):
+        quality.crop_to_scale(draw_picture((19, 17)), 2, name="p")
 
 
 def test_score_ignores_the_shaved_border():

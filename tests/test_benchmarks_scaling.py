@@ -21,6 +21,7 @@ def test_the_exponent_of_known_laws():
     assert scaling.fit_exponent({1: 3.0, 2: 6.0, 4: 12.0}) == {"exponent": 1.0, "r2": 1.0}
     assert scaling.fit_exponent({1: 8.0, 4: 2.0})["exponent"] == -1.0
     assert scaling.fit_exponent(dict.fromkeys((1, 2, 3, 4, 6, 8), 7.7)) == {"exponent": 0.0, "r2": None}
+    assert scaling.fit_exponent({1: 3.0, 2: 6.0}) == {"exponent": 1.0, "r2": None}
     assert scaling.fit_exponent({2: 5.0}) == {"exponent": None, "r2": None}
     rough = scaling.fit_exponent({1: 1.0, 2: 3.0, 4: 2.0})
     # Slope and r2 of (0, 0), (1, log2 3), (2, 1): 1/2 and (1/2)**2 * 2 / sum((y - mean)**2).
@@ -79,7 +80,7 @@ def test_a_model_that_cannot_be_tiled_is_timed_whole(tmp_path):
 
 
 def test_command_writes_json_and_a_table(monkeypatch, tmp_path):
-    monkeypatch.setitem(scaling.AXES, "tile", lambda settings: {32: [4.0, 6.0], 64: [2.0, 3.0]})
+    monkeypatch.setitem(scaling.AXES, "tile", lambda settings: {32: [4.0, 6.0], 64: [2.0, 3.0], 128: [1.0, 1.5]})
     out = tmp_path / "scaling.json"
     result = CliRunner().invoke(main, ["scaling", "tile", "--repeats", "2", "--json", str(out)])
     assert result.exit_code == 0, result.output

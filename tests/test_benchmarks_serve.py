@@ -27,7 +27,7 @@ def test_the_server_is_held_against_files(tmp_path):
     out = tmp_path / "serve.json"
     run("--json", str(out))
     result = json.loads(out.read_text())
-    assert result["kind"] == "runtime"
+    assert result["kind"] == "serve"
     assert [row["unit"] for row in result["rows"]] == ["x", "x", "ms", "pictures"]
     beside, _, latency, wrong = result["rows"]
     assert beside["target"] == pytest.approx(1 / 0.9)
