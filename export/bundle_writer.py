@@ -52,7 +52,7 @@ class Options:
     """What the exporting person decides.
 
     int8: folder of photographs to calibrate INT8 graphs on; None writes none.
-    figures: measured quality, embedded into the manifest as it is.
+    summary: what the model is for, in a line. figures: measured quality, embedded into the manifest as it is.
     incomplete: also export a stage that --max-steps cut short. stages: names of those to export, of a run; none: all.
     """
 
@@ -61,6 +61,7 @@ class Options:
     int8: Path | None = None
     pictures: Path | None = None
     licence: str = ""
+    summary: str = ""
     figures: dict[str, Any] | None = None
     incomplete: bool = False
     stages: tuple[str, ...] = ()
@@ -186,7 +187,8 @@ def _write_bundle(sources: Sequence[Source], out: Path, options: Options, *, sca
             network, facts = source.load()
             facts = facts | measure_cost(network, scale)
             stages.append(_export_stage(source, network, folder, options, scale=scale, report=report))
-        training = facts | ({"figures": options.figures} if options.figures else {})
+        told = {"summary": options.summary, "figures": options.figures}
+        training = facts | {key: value for key, value in told.items() if value}
         manifest = Manifest(
             format=FORMAT, version=VERSION, name=out.name, scale=scale, channels=3,
             input_layout="NHWC", output_layout="NHWC", stages=tuple(stages), training=training,

@@ -31,6 +31,7 @@ path_type = click.Path(path_type=Path)
 @click.option("--stage", "stages", multiple=True, metavar="NAME", help="Export this stage of RUN; may be repeated.")
 @click.option("--pictures", type=path_type, help="Real pictures to check and measure on.")
 @click.option("--licence", default="", help="Licence of the weights, kept in the manifest.")
+@click.option("--summary", default="", help="What the model is for, in a line that users are shown (sr-serve).")
 @click.option("--figures", type=path_type, help="JSON of sr-bench quality, kept in the manifest.")
 @click.option("--incomplete", is_flag=True, help="Export a stage that --max-steps cut short, too.")
 @click.option("--arch", metavar="NAME", help="Network of a plain CHECKPOINT (.safetensors, .pth).")
@@ -102,7 +103,9 @@ def main(
 
 
 # Parameters that only one of the command's three works has a use for.
-MAKING = ("fp16", "int8", "scale", "licence", "figures", "incomplete", "arch", "settings", "bgr", "value_range")
+MAKING = (
+    "fp16", "int8", "scale", "licence", "summary", "figures", "incomplete", "arch", "settings", "bgr", "value_range"
+)  # fmt: skip
 BUILDING = ("device", "level", "hardware_compatible")
 SERVING = ("triton_engine", "triton_device", "triton_batch", "triton_window")
 

@@ -127,22 +127,20 @@ def choose_window(
 
     max_height: of a window, at least `overlap.smallest_window`, if the picture does not fit in one. max_side: of any
     window, likewise on the grid.
-    One piece wins where it fits. Otherwise squares are tried, or what is as large and low enough, then shrunk to what
-    their count needs: engines take the same time for a pixel, whatever the window.
+    One piece wins where it fits. Otherwise every height is tried with the greatest width that the limit leaves it, both
+    shrunk to what their count needs: engines take the same time for a pixel, whatever the window.
     """
-    stride = overlap.stride
+    stride, smallest = overlap.stride, overlap.smallest_window
     padded = (round_up(size[0], stride), round_up(size[1], stride))
     if padded[0] * padded[1] <= limit and (max_side is None or max(padded) <= max_side):
         return padded
-    largest = max(overlap.smallest_window, int(limit**0.5) // stride * stride)
-    if max_side is not None:
-        largest = min(largest, max_side)
+    longest = max_side or max(smallest, *padded)
+    highest = max(smallest, min(limit // smallest, max_height or longest, longest))
     best: tuple[int, tuple[int, int]] | None = None
-    for side in range(overlap.smallest_window, largest + 1, stride):
-        low = side if max_height is None else min(side, max_height // stride * stride)
-        wide = side if low == side else max(side, limit // low // stride * stride)
-        wide = wide if max_side is None else min(wide, max_side)
-        height, width = (_shrink(length, window, overlap) for length, window in zip(padded, (low, wide)))
+    for side in range(smallest, highest + 1, stride):
+        height = _shrink(padded[0], side, overlap)
+        widest = max(smallest, min(limit // height // stride * stride, longest))
+        width = _shrink(padded[1], widest, overlap)
         windows = count_windows(padded[0], height, overlap) * count_windows(padded[1], width, overlap)
         cost = windows * (height * width + CALL_PIXELS)
         if best is None or cost <= best[0]:

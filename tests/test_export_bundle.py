@@ -456,13 +456,14 @@ def test_command_exports_a_run(run, tmp_path):
     assert Bundle.load(tmp_path / "b").manifest.scale == 2
 
 
-def test_command_keeps_the_figures_of_the_model(run, tmp_path):
+def test_command_keeps_what_is_told_of_the_model(run, tmp_path):
     means = {"psnr_y_db": 30.5}
     rows = [{"dataset": "Set5", "method": m, "means": means, "pictures": [1]} for m in ("b", "bicubic", "other")]
     (tmp_path / "q.json").write_text(json.dumps({"protocol": "p", "rows": rows}), encoding="utf-8")
-    code, _ = invoke(run, "--out", tmp_path / "b", "--figures", tmp_path / "q.json")
-    kept = Bundle.load(tmp_path / "b").manifest.training["figures"]
-    assert code == 0 and [row["method"] for row in kept["rows"]] == ["b", "bicubic"]
+    code, _ = invoke(run, "--out", tmp_path / "b", "--figures", tmp_path / "q.json", "--summary", "Sharp.")
+    training = Bundle.load(tmp_path / "b").manifest.training
+    assert code == 0 and [row["method"] for row in training["figures"]["rows"]] == ["b", "bicubic"]
+    assert training["summary"] == "Sharp."
     code, output = invoke(run, "--out", tmp_path / "c", "--figures", tmp_path / "q.json")
     assert code == 1 and "no figures of c" in output
 

@@ -324,8 +324,11 @@ def test_parity_rows_are_among_engines_alone(bundles):
 
 def test_name_and_licence_are_kept(tmp_path, photos):
     path = Foreign().write(tmp_path / "model.onnx")
-    manifest = import_onnx(path, tmp_path / "b", name="compact", licence="BSD-3-Clause", scale=2, pictures=photos)
+    manifest = import_onnx(
+        path, tmp_path / "b", name="compact", licence="BSD-3-Clause", summary="Small.", scale=2, pictures=photos
+    )
     assert manifest.stages[0].name == "compact" and manifest.licence == "BSD-3-Clause"
+    assert manifest.training["summary"] == "Small."
     assert {entry.name for entry in (tmp_path / "b").iterdir()} == {
         "manifest.json", "compact.weights", "compact.fp32.uint8.onnx", "compact.fp32.float32.onnx"
     }  # fmt: skip

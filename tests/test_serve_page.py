@@ -241,10 +241,12 @@ def test_a_server_with_keys_asks_for_one(open_page):
     finish(page)
 
 
-def test_factor_1_is_offered_by_models_that_keep_the_size(open_page):
+def test_the_model_says_what_it_is_for_and_whether_it_keeps_the_size(open_page):
     page, _ = open_page(models=("fast-x2", "fast-x1-jpeg"), backend="auto")
     assert page.locator("#same").is_disabled()
+    playwright.expect(page.locator("#summary")).to_have_text(re.compile("Doubles the size"))
     page.locator("#model").select_option("fast-x1-jpeg")
+    playwright.expect(page.locator("#summary")).to_have_text(re.compile("Keeps the size"))
     assert page.locator("#same").is_enabled()
     page.locator("#factor").select_option("1")
     page.locator("#model").select_option("fast-x2")

@@ -44,14 +44,15 @@ def import_onnx(
     bgr: bool = False,
     value_range: int | None = None,
     licence: str = "",
+    summary: str = "",
     pictures: Path | None = None,
     report: Callable[[str], None] = lambda line: None,
 ) -> Manifest:
     """Import a super-resolution network into the folder `out`, which must not exist.
 
     name: of the one stage. scale: that it must have. bgr: the network takes and gives blue first, which no probe can
-    tell. value_range: 1 or 255, what white is to it, if probing does not tell. pictures: real ones, to check and
-    measure on.
+    tell. value_range: 1 or 255, what white is to it, if probing does not tell. summary: what the model is for, in a
+    line. pictures: real ones, to check and measure on.
     Raises: ExportError, or another SRError, if it is no network for RGB pictures of any size that can be tiled, an
     engine differs from ONNX Runtime, or `out` cannot be written.
     """
@@ -88,9 +89,10 @@ def import_onnx(
         report(f"stage {name}: measuring the halo, which may take minutes")
         stage = replace(stage, parity=parity, halo=_measure_halo(path, stage, folder, findings.scale, pictures))
         report(f"stage {name}: exact with {stage.context(error=1)} px of context")
+        training = _facts(foreign, findings, bgr=bgr) | ({"summary": summary} if summary else {})
         manifest = Manifest(
             format=FORMAT, version=VERSION, name=out.name, scale=findings.scale, channels=3,
-            input_layout="NHWC", output_layout="NHWC", stages=(stage,), training=_facts(foreign, findings, bgr=bgr),
+            input_layout="NHWC", output_layout="NHWC", stages=(stage,), training=training,
             licence=licence or "not stated", notice=NOTICE,
         )  # fmt: skip
         (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")

@@ -50,6 +50,7 @@ class ModelFacts(BaseModel):
 
     name: str
     scale: int
+    summary: str
     default: bool
     licence: str
     notice: str

@@ -93,6 +93,7 @@ class Models:
             {
                 "name": name,
                 "scale": bundle.manifest.scale,
+                "summary": str(bundle.manifest.training.get("summary", "")),
                 "default": name == self.default,
                 "licence": bundle.manifest.licence,
                 "notice": bundle.manifest.notice,

@@ -10,7 +10,7 @@ class Refusal extends Error {}
 
 let picture = null; // the File that was chosen
 let work = null; // {controller, job} of the picture under way
-let scales = {}; // of the models
+let models = []; // of the server
 let zoom = null; // screen pixels for each pixel of the result; null fits it in
 
 // --- choosing ---------------------------------------------------------------------------------------------------
@@ -317,22 +317,23 @@ at("pictures").addEventListener("pointerdown", (start) => {
 // --- the models -------------------------------------------------------------------------------------------------
 
 async function listModels() {
-  const models = await (await ask("v1/models")).json();
+  models = await (await ask("v1/models")).json();
   at("model").replaceChildren(...models.map(({ name, scale }) => new Option(`${name} (×${scale})`, name)));
   at("notice").textContent = models[0].notice;
-  scales = Object.fromEntries(models.map(({ name, scale }) => [name, scale]));
-  offerFactors();
+  showModel();
   at("error").textContent = "";
 }
 
-// Factor 1 is for models that keep the size: others would give the picture back as it is.
-function offerFactors() {
-  const keeps = scales[at("model").value] === 1;
+function showModel() {
+  const { scale, summary } = models.find(({ name }) => name === at("model").value);
+  at("summary").textContent = summary;
+  // Factor 1 is for models that keep the size: others would give the picture back as it is.
+  const keeps = scale === 1;
   at("same").hidden = at("same").disabled = !keeps;
   if (!keeps && at("factor").value === "1") at("factor").value = "";
 }
 
-at("model").addEventListener("change", offerFactors);
+at("model").addEventListener("change", showModel);
 at("key").value = sessionStorage.getItem(KEY) ?? "";
 at("key").addEventListener("change", () => listModels().catch((error) => (at("error").textContent = error.message)));
 listModels().catch((error) => (at("error").textContent = error.message));
