@@ -96,13 +96,19 @@ def _latency(result: dict[str, Any]) -> list[Figure]:
     for place, (case, rows) in zip(places, cases.items()):
         heights = [len(names) - names.index(row["contestant"]) for row in rows]
         medians = [row["median_ms"] for row in rows]
-        spans = [
-            [row["median_ms"] - row["min_ms"] for row in rows], [row["max_ms"] - row["median_ms"] for row in rows]
-        ]  # fmt: skip
+        ends = [(row["min_ms"], row["max_ms"]) for row in rows]
         colours = [OURS if row["engine"] in ("onnxruntime", "openvino", "tensorrt") else OTHERS for row in rows]
-        place.barh(heights, medians, xerr=spans, color=colours, error_kw={"linewidth": 0.7})
+        place.hlines(heights, *zip(*ends), color=OTHERS, linewidth=1)
+        place.scatter(medians, heights, c=colours, s=18, zorder=3)
+        for height, median in zip(heights, medians):
+            place.annotate(f"{median:,.3g}" if median < 1000 else f"{median:,.0f}", (median, height), (5, 3),
+                           textcoords="offset points", fontsize=7)  # fmt: skip
+        baseline = [row["median_ms"] for row in rows if row["contestant"] == "bilinear"]
+        for median in baseline:
+            place.axvline(median, linestyle="--", linewidth=0.8, color=OTHERS)
         place.set(xscale="log", xlabel="ms, median with least and most", title=case)
-        place.set_yticks(range(len(names), 0, -1), names)
+        place.margins(x=0.12)
+        place.set_yticks(range(len(names), 0, -1), names if place is places[0] else [""] * len(names))
     return [figure]
 
 
@@ -121,15 +127,20 @@ def _quality(result: dict[str, Any]) -> list[Figure]:
                 for name, cost in PUBLISHED_KMAC.get(scale, {}).items()
                 if dataset in PUBLISHED[scale][name]
             ]
+            heights = [*ours.values(), *(psnr for _, _, psnr, _ in points)]
             for name, cost, psnr, colour in points:
                 place.plot(cost, psnr, "o", color=colour)
-                offset = (0, 5) if colour == OURS else (0, -11)
-                place.annotate(name, (cost, psnr), offset, textcoords="offset points", fontsize=7, ha="center")
+                # On the side where the nearest other point is not; labels are wide and low.
+                reach = max(heights) - min(heights) or 1
+                distances = [(np.hypot(np.log10(x / cost), 16 * (y - psnr) / reach), x < cost) for _, x, y, _ in points]
+                is_after = len(points) == 1 or sorted(distances)[1][1]
+                side, offset = ("left", (5, -3)) if is_after else ("right", (-5, -3))
+                place.annotate(name, (cost, psnr), offset, textcoords="offset points", fontsize=7, ha=side)
             if "bicubic" in ours:
                 place.axhline(ours["bicubic"], linestyle="--", linewidth=0.8, color=OTHERS, label="bicubic")
-                place.legend(fontsize=7)
+                place.legend(fontsize=7, loc="center right")
             place.set(xscale="log", xlabel="kMAC for an output pixel", title=f"{dataset} x{scale}")
-            place.margins(x=0.25, y=0.12)
+            place.margins(x=0.4, y=0.12)
         places[0].set_ylabel("PSNR-Y dB")
         figures.append(figure)
     return figures
@@ -142,7 +153,8 @@ def _roofline(result: dict[str, Any]) -> list[Figure]:
     ceilings = dict.fromkeys(
         (row["device"], row["precision"], row["matrix_gops"], row["copy_gb_per_s"]) for row in result["rows"]
     )
-    span = np.array([0.5, 2 * max(row["intensity"] for row in result["rows"])])
+    intensities = [row["intensity"] for row in result["rows"]]
+    span = np.array([min(intensities) / 8, 2 * max(intensities)])
     for index, (device, precision, matrix, copy) in enumerate(ceilings):
         knee = matrix / copy
         x = np.array([span[0], knee, max(span[1], 2 * knee)])
@@ -152,6 +164,7 @@ def _roofline(result: dict[str, Any]) -> list[Figure]:
         intensity, reached = ([row[key] for row in rows] for key in ("intensity", "reached_gops"))
         place.plot(intensity, reached, "osD^v"[index % 5], color=f"C{index + len(ceilings)}", label=engine, alpha=0.8)
     place.set(xscale="log", yscale="log", xlabel="operations for a byte that the layers move", ylabel="Gop/s")
+    _write_ticks(place, span, wide=True)
     place.legend(fontsize=7)
     return [figure]
 
@@ -173,8 +186,22 @@ def _scaling(result: dict[str, Any]) -> list[Figure]:
             place.plot(x, level * x**exponent, "--", linewidth=0.8, color=OTHERS, label=f"exponent {exponent:.2f}")
             place.legend(fontsize=7)
         place.set(xscale="log", yscale="log", xlabel=labels[axis])
+        _write_ticks(place, x, wide=axis == "pixels")
     places[0].set_ylabel("ms")
     return [figure]
+
+
+def _write_ticks(place: Axes, x: np.ndarray, *, wide: bool) -> None:
+    """Write plain numbers at the ticks of logarithmic axes. wide: x goes over decades, so that not each has a place."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    place.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    place.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    if not wide:
+        shown = x if len(x) < 6 else x[::2]
+        place.set_xticks(shown, [f"{value:g}" for value in shown])
+    for scale in (place.xaxis, place.yaxis):
+        scale.set_minor_formatter(NullFormatter())
 
 
 def _soak(result: dict[str, Any]) -> list[Figure]:

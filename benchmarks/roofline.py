@@ -13,6 +13,7 @@ import numpy as np
 from sdk import Bundle
 from sdk.backends import MODULES
 from sdk.bundle import Stage
+from sdk.errors import BackendUnavailable
 
 from . import rates
 from .contestants import CONTESTANTS, Contestant, Runner, Setup, open_contestants
@@ -59,9 +60,11 @@ def run_roofline(settings: Settings, *, progress: Callable[[str], None] = lambda
     for stage in stages:
         with ExitStack() as stack:
             setup = Setup(settings.model, stage.name)
-            engines, others = open_contestants(ENGINES, setup, stack)
+            opened, others = open_contestants(ENGINES, setup, stack)
+            engines, unrated = _with_rates(opened)
             skipped += [
-                {"stage": stage.name, "engine": each["contestant"], "reason": each["reason"]} for each in others
+                {"stage": stage.name, "engine": each["contestant"], "reason": each["reason"]}
+                for each in [*others, *unrated]
             ]
             names = ", ".join(each.name for each in engines)
             for size in settings.sizes:
@@ -69,6 +72,23 @@ def run_roofline(settings: Settings, *, progress: Callable[[str], None] = lambda
                 about = {"stage": stage.name, "size": list(size)}
                 rows += [about | row for row in _measure(bundle, stage, engines, size, repeats=settings.repeats)]
     return head | {"rows": rows, "skipped": skipped}
+
+
+def _with_rates(engines: Mapping[Contestant, Runner]) -> tuple[dict[Contestant, Runner], list[dict[str, str]]]:
+    """Leave out the engines on a GPU that PyTorch does not see; give those with reasons.
+
+    Raises: BackendUnavailable without PyTorch.
+    """
+    rated, unrated = {}, []
+    for each, run in engines.items():
+        try:
+            _matrix_rate(each.device, each.precision)
+            rated[each] = run
+        except BackendUnavailable as exc:
+            if each.device == "cpu":
+                raise
+            unrated.append({"contestant": each.name, "reason": str(exc)})
+    return rated, unrated
 
 
 def _measure(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -29,28 +28,35 @@ def time_network(
 ) -> Iterator[dict[str, Any]]:
     """Time the bundle's network with random weights, and bilinear interpolation, on tensors that are on the GPU.
 
+    From uint8 to uint8, as the SDK's engines are timed.
     Raises: BackendUnavailable without PyTorch, a GPU for it, or the network's recipe.
     """
     torch = _torch()
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     place = torch.device("cuda", device)
     scale = bundle.manifest.scale
     for count, height, width in shapes:
-        picture = torch.zeros(count, 3, height, width, dtype=torch.uint8, device=place)
+        picture = torch.randint(0, 256, (count, 3, height, width), dtype=torch.uint8, device=place)
         shape = [count, height, width]
 
         def interpolate(picture: Any = picture) -> Any:
-            return torch.nn.functional.interpolate(picture.half(), scale_factor=scale, mode="bilinear")
+            large = torch.nn.functional.interpolate(picture.half(), scale_factor=scale, mode="bilinear")
+            return large.round().to(torch.uint8)
 
         yield {"variant": "bilinear gpu", "shape": shape, "device_ms": _median_ms(torch, interpolate, repeats)}
         for name, (half, channels_last, compiled) in VARIANTS.items():
-            network = load_network(bundle, None).to(place, torch.float16 if half else torch.float32).eval()
-            x = picture.to(torch.float16 if half else torch.float32) / 255
-            if channels_last:
-                network, x = (item.to(memory_format=torch.channels_last) for item in (network, x))
+            dtype = torch.float16 if half else torch.float32
+            layout = torch.channels_last if channels_last else torch.contiguous_format
+            network = load_network(bundle, None).to(place, dtype, memory_format=layout).eval()
             torch._dynamo.reset()  # else the second shape would be compiled for any
             run: Any = torch.compile(network, dynamic=False) if compiled else network
+
+            def enlarge(picture: Any = picture, run: Any = run, dtype: Any = dtype, layout: Any = layout) -> Any:
+                large = run((picture.to(dtype) / 255).contiguous(memory_format=layout), scale)
+                return (large.float().clamp(0, 1) * 255).round().to(torch.uint8)
+
             with torch.inference_mode():
-                milliseconds = _median_ms(torch, partial(run, x, scale), repeats)
+                milliseconds = _median_ms(torch, enlarge, repeats)
             yield {"variant": name, "shape": shape, "device_ms": milliseconds}
 
 

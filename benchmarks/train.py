@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import numpy as np
 
-from sdk import SRError
+from sdk import BackendUnavailable, SRError
 
 from .report import table
 from .result import check_writable, result_head, write_json
@@ -58,9 +58,12 @@ def run_train(settings: Settings, *, progress: Callable[[str], None] = lambda ne
     """Measure every stage of a recipe.
 
     Returns: the JSON form: facts, and one row for each stage.
-    Raises: TrainError for photographs or a device that cannot be used.
+    Raises: TrainError for photographs or a device that cannot be used; BackendUnavailable without PyTorch.
     """
-    import torch
+    try:
+        import torch
+    except ImportError as exc:
+        raise BackendUnavailable("PyTorch is not installed; install sr-sdk[train]") from exc
 
     head = result_head("train", protocol=PROTOCOL)
     rows = []

@@ -366,6 +366,25 @@ def test_cli_writes_json_and_a_table(fake_model, tmp_path):
     assert "skipped openvino fp32: no openvino here" in result.stdout
 
 
+def test_memory_that_cannot_be_measured_loses_no_time(fake_model, monkeypatch):
+    def fail(*arguments):
+        raise RuntimeError("out of memory\nand so on")
+
+    monkeypatch.setattr(latency, "measure_peak_mib", fail)
+    result = latency.run_latency(latency.Settings(sizes=((16, 16),), repeats=1))
+    assert [row["peak_memory_mib"] for row in result["rows"]] == [None, None]
+    assert {"contestant": "bilinear", "reason": "peak memory: out of memory"} in result["skipped"]
+
+
+def test_references_are_those_of_the_same_device():
+    here, there = REFERENCE, Contestant("onnxruntime", "cuda:0", "fp32")
+    half = Contestant("tensorrt", "cuda:0", "fp16")
+    timings = {each: Timing(*(5 * [ms])) for each, ms in ((BASELINE, 2.0), (here, 40.0), (there, 4.0), (half, 1.0))}
+    memory = dict.fromkeys(timings, Memory(1.0, 2.0))
+    rows = latency.make_rows(timings, memory, {}, {}, size=(16, 16), scale=2)
+    assert [row["speedup_over_onnxruntime_fp32"] for row in rows] == [20, 1, 1, 4]
+
+
 @pytest.mark.parametrize("size", ["256", "256x", "8x256", "256x9000", "axb", "-16x16"])
 def test_cli_refuses_a_bad_size(size):
     result = CliRunner().invoke(main, ["latency", f"--size={size}"])

@@ -103,6 +103,13 @@ def test_every_shipped_result_has_tables():
             assert table.rows and all(len(row) == len(table.headings) for row in table.rows), path
 
 
+def test_pictures_of_ones_own_are_shown_without_published_figures():
+    means = {"psnr_y_db": 30.0, "ssim_y": 0.9, "colour_drift": 0.1, "grid_db": 0.2}
+    rows = [{"dataset": "mine", "scale": 2, "method": "fast-x2", "means": means}]
+    (table,) = tables_of({"kind": "quality", "rows": rows, "models": []})
+    assert [row[0] for row in table.rows] == ["fast-x2"]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_tables_of_every_kind_are_whole(kind):
     for table in tables_of(KINDS[kind]):

@@ -11,6 +11,7 @@ from onnx import TensorProto, helper
 
 from benchmarks import graph_cost, rates, roofline
 from benchmarks.cli import main
+from benchmarks.contestants import Contestant
 from benchmarks.graph_cost import Layer, count_layers
 from sdk import Bundle
 from sdk.errors import BackendUnavailable, BundleError
@@ -136,3 +137,16 @@ def test_without_pytorch_it_is_told_before_anything_is_timed(monkeypatch):
     roofline._matrix_rate.cache_clear()
     result = CliRunner().invoke(main, ["roofline", "--model", str(bundles.shared("blur")), "--size", "16x16"])
     assert result.exit_code == 1 and "PyTorch is not installed" in result.stderr
+
+
+def test_an_engine_on_a_gpu_that_pytorch_does_not_see_is_left_out(monkeypatch):
+    def rate(device, precision):
+        if device != "cpu":
+            raise BackendUnavailable("PyTorch sees no CUDA device")
+        return 1e11
+
+    monkeypatch.setattr(roofline, "_matrix_rate", rate)
+    here, there = Contestant("openvino", "cpu", "fp32"), Contestant("tensorrt", "cuda:0", "fp16")
+    rated, unrated = roofline._with_rates({here: len, there: len})
+    assert rated == {here: len}
+    assert unrated == [{"contestant": "tensorrt fp16 cuda:0", "reason": "PyTorch sees no CUDA device"}]
