@@ -9,7 +9,7 @@ from pathlib import Path
 # Engines take 1.4 times the live activations of the graph (OpenVINO, ONNX Runtime without memory patterns; measured
 # from 512x512 to 2048x2048).
 REAL_SHARE = 1.5
-COMFORTABLE_BYTES = 132 << 20  # with which fast-x2 takes a picture of 1920x1080 in four windows
+COMFORTABLE_BYTES = 128 << 20
 COMFORTABLE_HALOS = 8  # a window of so many halos a side runs 1.8 times the pixels that it keeps
 DEVICE_COMFORTABLE_BYTES = 1 << 30  # a GPU has no canvas to leave room for
 FREE_SHARE = 4  # of the free memory, one part
@@ -24,9 +24,9 @@ def window_pixels(
 ) -> int:
     """Give the LR pixels that one window may have, when `batch` of them run at once.
 
-    activation_bytes: of the model, for each LR pixel. limit_mib: asked for by the user, in MiB; None is 132 MiB, or
+    activation_bytes: of the model, for each LR pixel. limit_mib: asked for by the user, in MiB; None is 128 MiB, or
     what keeps the overhead of wide halos bearable, and at most a quarter of the memory that is free now.
-    device_free: bytes free on a GPU, which then stands for the host's memory, with 1 GiB for 132 MiB.
+    device_free: bytes free on a GPU, which then stands for the host's memory, with 1 GiB for 128 MiB.
     """
     real_bytes = int(activation_bytes * REAL_SHARE)
     if limit_mib is not None:
