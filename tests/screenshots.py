@@ -38,7 +38,7 @@ def _take_server(browser: Browser) -> None:
     with tempfile.TemporaryDirectory() as state:
         server = serving.make_server(Path(state), models=("fast-x2", "fast-x2-perceptual"), backend="auto")
         with serving.running(server) as address:
-            page = browser.new_page(viewport={"width": 900, "height": 780})
+            page = browser.new_page(viewport={"width": 900, "height": 960})
             page.goto(address)
             page.locator("#file").set_input_files(
                 {"name": "astronaut.png", "mimeType": "image/png", "buffer": stream.getvalue()}
@@ -54,7 +54,7 @@ def _take_report(browser: Browser) -> None:
     with tempfile.TemporaryDirectory() as folder:
         files = sorted(RESULTS.glob("*.json"))
         page_file, *_ = write_page([(path.stem, read_result(path)) for path in files], Path(folder))
-        page = browser.new_page(viewport={"width": 1250, "height": 1000})
+        page = browser.new_page(viewport={"width": 1500, "height": 1200})
         page.goto(page_file.as_uri())
         _write(page.screenshot(), RESULTS / "report.png")
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.readme import PLOTTED, RESULTS, fill_tables
+from sdk.bundle import Bundle, shipped_models
 from train.cli import TOOLS
 
 ROOT = Path(__file__).parent.parent
@@ -65,6 +66,20 @@ def test_every_option_named_in_the_text_exists():
 
 def test_tables_are_what_was_measured():
     assert fill_tables(TEXT) == TEXT
+
+
+def test_shipped_models_are_those_that_were_measured():
+    for path in RESULTS.glob("*.json"):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        for model in [*result.get("models", ()), *filter(None, [result.get("model")])]:
+            if model["name"] in shipped_models():
+                known = {stage.weights.sha256 for stage in Bundle.load(model["name"]).manifest.stages}
+                assert model["weights_sha256"] in known, f"{path.name}: {model['name']} has other weights"
+
+
+def test_the_server_reaches_what_it_must():
+    rows = json.loads((RESULTS / "serve.json").read_text(encoding="utf-8"))["rows"]
+    assert {row["met"] for row in rows} == {True, None}
 
 
 def test_plots_are_of_the_committed_results():
