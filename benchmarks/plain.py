@@ -30,8 +30,12 @@ def open_onnxruntime(bundle: Bundle, *, stage: str = "auto", device: str = "cpu"
     if device != "cpu":
         if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
             raise BackendUnavailable("this onnxruntime has no CUDA provider")
+        if hasattr(onnxruntime, "preload_dlls"):  # since 1.21: CUDA and cuDNN from NVIDIA's wheels
+            onnxruntime.preload_dlls()
         providers.insert(0, ("CUDAExecutionProvider", {"device_id": int(device.removeprefix("cuda:"))}))
     session = onnxruntime.InferenceSession(_graph(bundle, stage, precision), providers=providers)
+    if len(session.get_providers()) < len(providers):  # it would run on the CPU, and say so in its log only
+        raise BackendUnavailable("this onnxruntime's CUDA provider cannot be loaded")
     name = session.get_inputs()[0].name
     return _whole(bundle, stage, lambda batch: session.run(None, {name: batch})[0])
 

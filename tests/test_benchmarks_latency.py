@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from benchmarks import cli, contestants, cores, device_memory, latency, torch_eager
+from benchmarks import cli, contestants, cores, device_memory, latency, plain, torch_eager
 from benchmarks.bilinear import bilinear_bundle
 from benchmarks.cli import main
 from benchmarks.contestants import BASELINE, CONTESTANTS, EAGER, REFERENCE, Contestant, Setup
@@ -374,6 +374,22 @@ def test_memory_that_cannot_be_measured_loses_no_time(fake_model, monkeypatch):
     result = latency.run_latency(latency.Settings(sizes=((16, 16),), repeats=1))
     assert [row["peak_memory_mib"] for row in result["rows"]] == [None, None]
     assert {"contestant": "bilinear", "reason": "peak memory: out of memory"} in result["skipped"]
+
+
+@pytest.mark.parametrize("loaded", [["CPUExecutionProvider"], ["CUDAExecutionProvider", "CPUExecutionProvider"]])
+def test_plain_onnxruntime_never_runs_on_the_cpu_for_a_gpu(monkeypatch, loaded):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    session = SimpleNamespace(get_providers=lambda: loaded, get_inputs=lambda: [SimpleNamespace(name="x")])
+    asked = []
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: None, raising=False)
+    monkeypatch.setattr(onnxruntime, "InferenceSession", lambda graph, providers: asked.append(providers) or session)
+    if len(loaded) == 1:
+        with pytest.raises(BackendUnavailable, match="cannot be loaded"):
+            plain.open_onnxruntime(bundle.Bundle.load(None), device="cuda:1", precision="fp16")
+    else:
+        plain.open_onnxruntime(bundle.Bundle.load(None), device="cuda:1", precision="fp16")
+    assert asked == [[("CUDAExecutionProvider", {"device_id": 1}), "CPUExecutionProvider"]]
 
 
 def test_references_are_those_of_the_same_device():
